@@ -1,0 +1,1 @@
+"""Dictionaries and activations in, evidence out: features, scans, queries, pages."""

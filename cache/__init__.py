@@ -1,0 +1,1 @@
+"""Audio in, activations on disk: sources, plan, capture, store."""

@@ -1,0 +1,541 @@
+"""`ActivationStore`: activations of a Whisper on disk. `docs/store.md` is the normative description of the bytes.
+
+A store is a Zarr v3 group with one array per site and one object per (site, shard). A (site, shard) exists when its commit
+record does: objects are written aside and renamed, records after them, so a reader never sees half a shard.
+"""
+
+import base64
+import json
+import os
+import platform
+import socket
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import LocalStore, MemoryStore
+
+from cache.errors import StoreError
+from cache.plan import Axis, Plan
+from cache.sites import Site
+
+FORMAT = 1
+FRAME_SECONDS = 0.02
+SAMPLE_RATE = 16000
+DTYPES = ("float16", "float32")
+CODECS = ("none", "lz4", "zstd")
+
+
+class Span(NamedTuple):
+    """The stored rows of one clip on one axis."""
+
+    clip: int
+    start: int
+    """First row, counted over the whole array."""
+    stop: int
+
+
+class Skip(NamedTuple):
+    """A clip that has no rows, and why."""
+
+    clip: int
+    reason: str
+
+
+class SiteStats(NamedTuple):
+    """Statistics of a site's rows over a set of shards, from their commit records."""
+
+    rows: int
+    mean: np.ndarray
+    """float64 [d]"""
+    mean_sq_dist: float
+    """Mean of ||x - mean||^2 over rows."""
+
+
+class Damage(NamedTuple):
+    """One thing that `verify` found wrong."""
+
+    site: str
+    shard: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What makes a store what it is. Two runs continue one store only if all of this agrees, but for `sites` and names."""
+
+    model: dict[str, Any]
+    """`name`, `sha256` of the checkpoint file, `dims`, `has_decoder`."""
+    dataset: dict[str, Any]
+    """How to open the source again: see `cache.audio.open_source`."""
+    axes: dict[str, Axis]
+    plan: dict[str, Any]
+    """`hash`, `seed`, `clips`, `skipped_sources`, `clip_seconds`."""
+    dtype: str = "float16"
+    codec: str = "none"
+    context: dict[str, Any] = field(default_factory=lambda: {"mode": "padded"})
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Site name -> `axis`, `width`."""
+    format: int = FORMAT
+    frame_seconds: float = FRAME_SECONDS
+    sample_rate: int = SAMPLE_RATE
+    software: dict[str, str] = field(default_factory=lambda: software())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"axes": {name: axis._asdict() for name, axis in self.axes.items()}}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Header":
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in data.items() if k in known}
+        return cls(**values | {"axes": {name: Axis(**axis) for name, axis in data["axes"].items()}})
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that must agree, flat, in the order in which a difference is reported."""
+        flat: dict[str, Any] = {"format": self.format, "model.sha256": self.model["sha256"], "model.dims": self.model["dims"]}
+        flat |= {f"plan.{key}": value for key, value in self.plan.items() if key != "hash"}
+        flat |= {f"axes.{name}": axis._asdict() for name, axis in self.axes.items()}
+        flat |= {"dtype": self.dtype, "codec": self.codec, "context": self.context, "frame_seconds": self.frame_seconds}
+        return flat | {"sample_rate": self.sample_rate, "plan.hash": self.plan["hash"]}
+
+
+def software() -> dict[str, str]:
+    """Versions that can influence the stored numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("hearsae", "torch", "openai-whisper", "numpy", "zarr"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What is true of one committed (site, shard). Written after its object; its presence is the commit."""
+
+    site: str
+    shard: int
+    rows: int
+    """Valid rows: those of the shard's clips that were not skipped."""
+    object_bytes: int
+    object_crc32c: str
+    """Of the whole object, 8 hex digits."""
+    sum: np.ndarray
+    """float64 [d], over the valid rows as stored."""
+    sum_sq_norm: float
+    skipped: tuple[Skip, ...]
+    seconds: dict[str, float]
+    host: str
+    software: dict[str, str]
+
+    def to_json(self) -> bytes:
+        data = asdict(self) | {
+            "sum": base64.b64encode(self.sum.astype("<f8").tobytes()).decode(),
+            "skipped": [skip._asdict() for skip in self.skipped],
+        }
+        return json.dumps(data).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "CommitRecord":
+        data = json.loads(text)
+        total = np.frombuffer(base64.b64decode(data["sum"]), dtype="<f8")
+        return cls(**data | {"sum": total, "skipped": tuple(Skip(**skip) for skip in data["skipped"])})
+
+
+def put(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file atomically and durably: aside, fsync, rename. Raises StoreError on a full disk or a read-only place."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def _parquet(table: pa.Table) -> memoryview:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return memoryview(sink.getvalue())
+
+
+class ActivationStore:
+    """An activation store: `create` to write, `open` to read."""
+
+    def __init__(self, path: str | Path, header: Header) -> None:
+        """Use `open` or `create`."""
+        self.path = Path(path)
+        self.header = header
+        self._arrays: dict[str, zarr.Array] = {}
+        self._records: dict[tuple[str, int], CommitRecord] = {}
+
+    # Opening and creating
+
+    @classmethod
+    def open(cls, path: str | Path) -> "ActivationStore":
+        """Opens an existing store. Raises StoreError if there is none at `path`."""
+        return cls(path, read_header(Path(path)))
+
+    @classmethod
+    def create(cls, path: str | Path, header: Header, plan: Plan, sites: Sequence[Site]) -> "ActivationStore":
+        """Creates the store, or continues it if its header agrees; adds the arrays of `sites` that are new.
+
+        Raises StoreError naming the first difference if a store made otherwise is there, or if something else is.
+        """
+        path = Path(path)
+        if (path / "zarr.json").exists():
+            store = cls.open(path)
+            _refuse_difference(path, store.header, header)
+        else:
+            try:
+                occupied = path.exists() and any(
+                    entry.name not in ("clips.parquet", "skipped.parquet", "zarr.json") and not entry.name.startswith(".") for entry in path.iterdir()
+                )
+            except OSError as error:
+                raise StoreError(f"can't use {path} as a store: {error.strerror}") from error
+            if occupied:
+                raise StoreError(f"{path} holds other things and is no hearsae store: choose an empty or new folder")
+            put(path / "clips.parquet", _parquet(plan.clips))
+            put(path / "skipped.parquet", _parquet(plan.skipped))
+            store = cls(path, header)
+        store._add_sites(sites)
+        return store
+
+    def _add_sites(self, sites: Sequence[Site]) -> None:
+        new = [site for site in sites if site.name not in self.header.sites]
+        if not new and (self.path / "zarr.json").exists():
+            return
+        merged = self.header.sites | {site.name: {"axis": site.axis, "width": site.width} for site in new}
+        self.header = Header.from_json(self.header.to_json() | {"sites": merged})
+        for site in new:
+            axis = self.header.axes[site.axis]
+            memory = MemoryStore()
+            _create_array(memory, (axis.shards * axis.shard_rows, site.width), site.axis, self.header)
+            put(self.path / site.name / "zarr.json", _get_sync(memory, "zarr.json"))
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {"hearsae": self.header.to_json()}}
+        put(self.path / "zarr.json", json.dumps(group, indent=1).encode())
+
+    # What is there
+
+    @cached_property
+    def clips(self) -> pa.Table:
+        """One row per clip, sorted by `clip` and by address; columns as in `docs/store.md`."""
+        return self._table("clips.parquet")
+
+    @cached_property
+    def skipped_sources(self) -> pa.Table:
+        """Sources whose header could not be read when the run was planned: `source`, `source_row`, `reason`."""
+        return self._table("skipped.parquet")
+
+    def _table(self, name: str) -> pa.Table:
+        try:
+            return pq.read_table(self.path / name)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{self.path / name} can't be read: {error}") from error
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        names = ("shard", "row_start", "n_frames", "token_start", "n_tokens")
+        return {name: self.clips[name].to_numpy() for name in names}
+
+    @property
+    def sites(self) -> dict[str, dict[str, Any]]:
+        """Site name -> `axis` and `width`."""
+        return self.header.sites
+
+    def axis(self, site: str) -> Axis:
+        """The layout of the site's axis. Raises StoreError for a site that the store does not have."""
+        if site not in self.sites:
+            raise StoreError(f"{self.path} has no site '{site}'; it has: {', '.join(sorted(self.sites))}")
+        return self.header.axes[self.sites[site]["axis"]]
+
+    def committed(self, *sites: str) -> list[int]:
+        """The shards that every one of `sites` has, ascending. Looks at the disk each time: the store may be growing."""
+        common: set[int] | None = None
+        for site in sites:
+            self.axis(site)
+            folder = self.path / "commits" / site
+            shards = {int(entry.name[:-5]) for entry in os.scandir(folder) if _is_record(entry.name)} if folder.is_dir() else set()
+            common = shards if common is None else common & shards
+        return sorted(common or ())
+
+    def pending(self, sites: Iterable[str]) -> dict[int, list[str]]:
+        """Shard -> those of `sites` that it lacks; only shards that lack any."""
+        missing: dict[int, list[str]] = {}
+        for site in sites:
+            done = set(self.committed(site))
+            for shard in range(self.axis(site).shards):
+                if shard not in done:
+                    missing.setdefault(shard, []).append(site)
+        return dict(sorted(missing.items()))
+
+    def record(self, site: str, shard: int) -> CommitRecord:
+        """The commit record. Raises StoreError if it is missing or damaged."""
+        if (site, shard) not in self._records:
+            path = self._record_path(site, shard)
+            try:
+                self._records[site, shard] = CommitRecord.from_json(path.read_bytes())
+            except FileNotFoundError:
+                raise StoreError(f"{self.path}: shard {shard} of {site} is not committed") from None
+            except (ValueError, TypeError, KeyError, OSError) as error:
+                raise StoreError(f"{path} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again") from error
+        return self._records[site, shard]
+
+    def stats(self, site: str, shards: Sequence[int] | None = None) -> SiteStats:
+        """Row count, mean and spread of a site over `shards` (default: all committed ones). Raises StoreError if there are no rows."""
+        records = [self.record(site, shard) for shard in (self.committed(site) if shards is None else shards)]
+        rows = sum(record.rows for record in records)
+        if not rows:
+            raise StoreError(f"{self.path} has no rows of {site} yet")
+        mean = np.sum([record.sum for record in records], axis=0) / rows
+        return SiteStats(rows, mean, max(0.0, sum(record.sum_sq_norm for record in records) / rows - float(mean @ mean)))
+
+    def skipped(self, *sites: str) -> dict[int, str]:
+        """Clip -> reason, for the clips that committed shards of any of `sites` lack."""
+        return {skip.clip: skip.reason for site in sites for shard in self.committed(site) for skip in self.record(site, shard).skipped}
+
+    def shard_clips(self, shard: int) -> range:
+        """The clips planned into a shard; clips are numbered in the order of their addresses."""
+        first, last = np.searchsorted(self._columns["shard"], [shard, shard + 1])
+        return range(int(first), int(last))
+
+    def planned_span(self, axis: str, clip: int) -> Span:
+        """Where a clip's rows go on `frame` or `token`; empty on an axis where it has none."""
+        start_name, length_name = ("row_start", "n_frames") if axis == "frame" else ("token_start", "n_tokens")
+        length = self._columns[length_name][clip]
+        if np.isnan(length) or length == 0:
+            return Span(clip, 0, 0)
+        start = int(self._columns[start_name][clip])
+        return Span(clip, start, start + int(length))
+
+    def spans(self, shard: int, *sites: str) -> list[Span]:
+        """The stored clips of a committed shard, in address order, without those that any of `sites` skipped.
+
+        The sites must share an axis.
+        """
+        axes = {self.sites[site]["axis"] for site in sites}
+        if len(axes) != 1:
+            raise StoreError(f"{', '.join(sites)} lie on different axes ({', '.join(sorted(axes))}): read them apart")
+        skipped = {skip.clip for site in sites for skip in self.record(site, shard).skipped}
+        axis = axes.pop()
+        planned = (self.planned_span(axis, clip) for clip in self.shard_clips(shard) if clip not in skipped)
+        return [span for span in planned if span.stop > span.start]
+
+    # Rows
+
+    def read(self, site: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of a site's array as stored, [rows, d]; they must lie in one committed shard.
+
+        Rows outside `spans` are zeros that mean nothing. Whole chunks are cheap, single rows are not.
+        """
+        axis = self.axis(site)
+        shard = start // axis.shard_rows
+        if not 0 <= start < stop <= (shard + 1) * axis.shard_rows:
+            raise StoreError(f"rows {start}:{stop} of {site} cross a shard of {axis.shard_rows} rows")
+        array = self._open_array(site, shard)
+        try:
+            return np.asarray(array[start:stop])
+        except (ValueError, OSError, RuntimeError) as error:
+            raise StoreError(
+                f"{self._object_path(site, shard)} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again"
+            ) from error
+
+    def read_clip(self, site: str, clip: int) -> np.ndarray:
+        """All rows of one clip, [n_frames or n_tokens, d]. Raises StoreError for a clip that is unknown, not committed, or skipped."""
+        if not 0 <= clip < self.clips.num_rows:
+            raise StoreError(f"there is no clip {clip} in {self.path}: it has clips 0 to {self.clips.num_rows - 1}")
+        shard = int(self._columns["shard"][clip])
+        for skip in self.record(site, shard).skipped:
+            if skip.clip == clip:
+                raise StoreError(f"clip {clip} was skipped: {skip.reason}")
+        self.axis(site)
+        span = self.planned_span(self.sites[site]["axis"], clip)
+        if span.stop == span.start:
+            raise StoreError(f"clip {clip} has no rows of {site}")
+        return self.read(site, span.start, span.stop)
+
+    def _open_array(self, site: str, shard: int) -> zarr.Array:
+        # A committed object that is gone would read as zeros: look once, before its first use.
+        if (site, shard) not in self._records:
+            record = self.record(site, shard)
+            path = self._object_path(site, shard)
+            if record.rows and (not path.exists() or path.stat().st_size != record.object_bytes):
+                del self._records[site, shard]
+                raise StoreError(f"{path} is missing or cut short: run 'hearsae repair {self.path}', then 'hearsae cache' again")
+        if site not in self._arrays:
+            opened = zarr.open_array(LocalStore(self.path / site, read_only=True), mode="r")
+            self._arrays[site] = opened
+        return self._arrays[site]
+
+    # Writing
+
+    def write_shard(self, site: str, shard: int, rows: np.ndarray, skipped: Sequence[Skip], seconds: dict[str, float]) -> CommitRecord:
+        """Writes and commits one (site, shard).
+
+        rows: [shard_rows, d] in the store's dtype, zero outside the spans of the clips that were not skipped.
+        Raises StoreError if the place is full or read-only; then nothing was committed.
+        """
+        axis = self.axis(site)
+        gone = {skip.clip for skip in skipped}
+        spans = [self.planned_span(self.sites[site]["axis"], clip) for clip in self.shard_clips(shard) if clip not in gone]
+        encoded = self._encode(rows, self.sites[site]["axis"])
+        if encoded is not None:
+            put(self._object_path(site, shard), encoded)
+        total, sq_norm, valid = np.zeros(rows.shape[1]), 0.0, 0
+        for span in spans:
+            block = rows[span.start - shard * axis.shard_rows : span.stop - shard * axis.shard_rows].astype(np.float64)
+            total += block.sum(axis=0)
+            sq_norm += float(np.square(block).sum())
+            valid += len(block)
+        record = CommitRecord(
+            site=site,
+            shard=shard,
+            rows=valid,
+            object_bytes=0 if encoded is None else len(encoded),
+            object_crc32c=_crc32c(encoded or b""),
+            sum=total,
+            sum_sq_norm=sq_norm,
+            skipped=tuple(skipped),
+            seconds=seconds,
+            host=socket.gethostname(),
+            software=software(),
+        )
+        put(self._record_path(site, shard), record.to_json())
+        return record
+
+    def _encode(self, rows: np.ndarray, axis: str) -> memoryview | None:
+        """The bytes of the shard's object; None where every row is zero, which Zarr keeps as no object at all."""
+        memory = MemoryStore()
+        array = _create_array(memory, rows.shape, axis, self.header)
+        array[:] = rows
+        return _get_sync(memory, "c/0/0")
+
+    def _object_path(self, site: str, shard: int) -> Path:
+        return self.path / site / "c" / str(shard) / "0"
+
+    def _record_path(self, site: str, shard: int) -> Path:
+        return self.path / "commits" / site / f"{shard:06d}.json"
+
+    # Trust
+
+    def verify(self) -> tuple[int, list[Damage]]:
+        """Reads every committed object and record. Returns how many (site, shard) pairs were read and what is wrong with them."""
+        damages: list[Damage] = []
+        objects = 0
+        if self.clips.num_rows != self.header.plan["clips"]:
+            damages.append(Damage("clips.parquet", -1, f"{self.clips.num_rows} clips, the header says {self.header.plan['clips']}"))
+        for site in self.sites:
+            for shard in self.committed(site):
+                objects += 1
+                reason = self._damage(site, shard)
+                if reason:
+                    damages.append(Damage(site, shard, reason))
+        return objects, damages
+
+    def _damage(self, site: str, shard: int) -> str | None:
+        self._records.pop((site, shard), None)
+        try:
+            record = self.record(site, shard)
+        except StoreError:
+            return "commit record is damaged"
+        if record.site != site or record.shard != shard or not 0 <= shard < self.axis(site).shards:
+            return "commit record is of another shard"
+        path = self._object_path(site, shard)
+        if not record.object_bytes:
+            return None
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            return f"object can't be read: {error.strerror}"
+        if len(data) != record.object_bytes:
+            return f"object has {len(data)} bytes, its record says {record.object_bytes}"
+        if _crc32c(data) != record.object_crc32c:
+            return "object's CRC32C is not that of its record"
+        return None
+
+    def repair(self) -> list[Damage]:
+        """Drops the records of what `verify` finds bad and what interrupted writers left, so that capture makes it again."""
+        _, damages = self.verify()
+        fixable = [damage for damage in damages if damage.shard >= 0]
+        try:
+            for damage in fixable:
+                self._record_path(damage.site, damage.shard).unlink()
+                self._records.pop((damage.site, damage.shard), None)
+            for stale in self.path.rglob(".*.tmp"):
+                stale.unlink()
+        except OSError as error:
+            raise StoreError(f"can't repair {self.path}: {error.strerror}") from error
+        return fixable
+
+
+def read_header(path: Path) -> Header:
+    """The header of the store at `path`. Raises StoreError if there is no store, or one of another format."""
+    try:
+        data = json.loads((path / "zarr.json").read_bytes())["attributes"]["hearsae"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"there is no activation store at {path}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise StoreError(f"{path} is not a hearsae activation store") from error
+    if data.get("format") != FORMAT:
+        raise StoreError(f"{path} has store format {data.get('format')}; this hearsae reads format {FORMAT}")
+    return Header.from_json(data)
+
+
+def _refuse_difference(path: Path, have: Header, want: Header) -> None:
+    theirs, ours = have.identity(), want.identity()
+    for key in theirs | ours:
+        if theirs.get(key) != ours.get(key):
+            raise StoreError(
+                f"{path} was made otherwise: {key} is {_short(theirs.get(key))} there and {_short(ours.get(key))} here; use another --out, or the settings it was made with"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_record(name: str) -> bool:
+    return name.endswith(".json") and name[:-5].isdigit()
+
+
+def _crc32c(data: bytes | memoryview) -> str:
+    return f"{google_crc32c.value(bytes(data)):08x}"
+
+
+def _create_array(store: MemoryStore, shape: tuple[int, ...], axis: str, header: Header) -> zarr.Array:
+    layout = header.axes[axis]
+    blosc = [] if header.codec == "none" else [BloscCodec(cname=header.codec, clevel=3, shuffle="bitshuffle")]
+    return zarr.create_array(
+        store,
+        shape=shape,
+        dtype=header.dtype,
+        chunks=(layout.chunk_rows, shape[1]),
+        shards=(layout.shard_rows, shape[1]),
+        compressors=[*blosc, Crc32cCodec()],
+        fill_value=0,
+        dimension_names=(axis, f"width_{shape[1]}"),
+    )
+
+
+def _get_sync(store: MemoryStore, key: str) -> memoryview | None:
+    value = store._store_dict.get(key)
+    return None if value is None else memoryview(value.as_numpy_array())

@@ -1,0 +1,1 @@
+"""Runs the three packages below on Ray, and the command line."""

@@ -1,0 +1,1 @@
+"""Activations in, dictionaries out: the sparse autoencoders, their stream, training and metrics."""

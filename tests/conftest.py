@@ -1,0 +1,59 @@
+"""Shared parts: real stores with made-up rows, and the optional assets (real speech, real Whisper weights)."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.plan import Plan, SourceItem, make_plan
+from cache.sites import Site
+from cache.store import ActivationStore, Header, Skip
+
+ASSETS = Path(os.environ.get("HEARSAE_ASSETS", Path(__file__).parents[1].parent / "shared" / "assets"))
+
+
+def asset(name: str) -> Path:
+    """A file or folder of the optional assets; skips the test where they are not there."""
+    path = ASSETS / name
+    if not path.exists():
+        pytest.skip(f"needs {name} of the assets (set HEARSAE_ASSETS)")
+    return path
+
+
+def plan_of(seconds: list[float], **settings) -> Plan:
+    """A plan of sources of these durations, `s0.wav`, `s1.wav`, ... with texts `words of s0`, ... by speakers a, b, c in turn."""
+    items = [SourceItem(f"s{i}.wav", 0, round(s * 16000), text=f"words of s{i}", speaker="abc"[i % 3]) for i, s in enumerate(seconds)]
+    return make_plan(items, **settings)
+
+
+def fill_store(
+    path: Path,
+    plan: Plan,
+    widths: dict[str, int],
+    rows_of: Callable[[str, int, int], np.ndarray],
+    skip: dict[int, str] | None = None,
+    dtype: str = "float16",
+    shards: list[int] | None = None,
+) -> ActivationStore:
+    """A real store whose rows are `rows_of(site, clip, n) -> [n, width]`; `skip` names clips to leave out, `shards` those to commit (default: all)."""
+    sites = [Site(name, "token" if name.startswith("decoder.") else "frame", width, i) for i, (name, width) in enumerate(widths.items())]
+    header = Header(
+        model={"name": "made-up", "sha256": "0" * 64, "dims": {}, "has_decoder": True}, dataset={}, axes=plan.axes, plan=plan.summary(), dtype=dtype
+    )
+    store = ActivationStore.create(path, header, plan, sites)
+    for shard, missing in store.pending(widths).items():
+        if shards is not None and shard not in shards:
+            continue
+        for site in missing:
+            axis = store.axis(site)
+            rows = np.zeros((axis.shard_rows, widths[site]), dtype)
+            skips = [Skip(clip, skip[clip]) for clip in store.shard_clips(shard) if skip and clip in skip]
+            for clip in store.shard_clips(shard):
+                span = store.planned_span(store.sites[site]["axis"], clip)
+                if not (skip and clip in skip) and span.stop > span.start:
+                    first = span.start - shard * axis.shard_rows
+                    rows[first : first + span.stop - span.start] = rows_of(site, clip, span.stop - span.start)
+            store.write_shard(site, shard, rows, skips, {})
+    return ActivationStore.open(path)
