@@ -40,6 +40,8 @@ class SourceItem:
     text: str | None = None
     speaker: str | None = None
     language: str | None = None
+    offset_samples: int = 0
+    """Where it begins within the source, at 16 kHz."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Every further column that the source had."""
 
@@ -134,6 +136,7 @@ def make_plan(
     axes = {"frame": Axis(shard_rows, chunk_rows, int(shard[-1]) + 1)}
 
     whole = n_samples == total
+    start_s = (start + np.array([item.offset_samples for item in sources])[of_source]) / 16000
     texts = [sources[i].text if is_whole else None for i, is_whole in zip(of_source, whole, strict=True)]
     tokens = [list(tokenize(t, sources[i].language)) if t and tokenize else None for t, i in zip(texts, of_source, strict=True)]
     n_tokens = np.array([len(t) if t else 0 for t in tokens])
@@ -154,7 +157,7 @@ def make_plan(
         "n_tokens": pa.array(n_tokens, pa.int64(), mask=n_tokens == 0),
         "source": pa.array([sources[i].source for i in of_source], pa.string()),
         "source_row": pa.array([sources[i].source_row for i in of_source], pa.int64()),
-        "start_s": pa.array(start / 16000, pa.float64()),
+        "start_s": pa.array(start_s, pa.float64()),
         "duration_s": pa.array(n_samples / 16000, pa.float64()),
         "text": pa.array(texts, pa.string()),
         "source_text": pa.array([sources[i].text for i in of_source], pa.string()),

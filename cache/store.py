@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -32,8 +32,6 @@ from cache.sites import Site
 FORMAT = 1
 FRAME_SECONDS = 0.02
 SAMPLE_RATE = 16000
-DTYPES = ("float16", "float32")
-CODECS = ("none", "lz4", "zstd")
 
 
 class Span(NamedTuple):
@@ -82,7 +80,7 @@ class Header:
     plan: dict[str, Any]
     """`hash`, `seed`, `clips`, `skipped_sources`, `clip_seconds`."""
     dtype: str = "float16"
-    codec: str = "none"
+    codec: Literal["none", "lz4", "zstd"] = "none"
     context: dict[str, Any] = field(default_factory=lambda: {"mode": "padded"})
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Site name -> `axis`, `width`."""
@@ -229,7 +227,7 @@ class ActivationStore:
             axis = self.header.axes[site.axis]
             memory = MemoryStore()
             _create_array(memory, (axis.shards * axis.shard_rows, site.width), site.axis, self.header)
-            put(self.path / site.name / "zarr.json", _get_sync(memory, "zarr.json"))
+            put(self.path / site.name / "zarr.json", _bytes_of(memory, "zarr.json") or b"")
         group = {"zarr_format": 3, "node_type": "group", "attributes": {"hearsae": self.header.to_json()}}
         put(self.path / "zarr.json", json.dumps(group, indent=1).encode())
 
@@ -426,7 +424,7 @@ class ActivationStore:
         memory = MemoryStore()
         array = _create_array(memory, rows.shape, axis, self.header)
         array[:] = rows
-        return _get_sync(memory, "c/0/0")
+        return _bytes_of(memory, "c/0/0")
 
     def _object_path(self, site: str, shard: int) -> Path:
         return self.path / site / "c" / str(shard) / "0"
@@ -503,8 +501,9 @@ def _refuse_difference(path: Path, have: Header, want: Header) -> None:
     theirs, ours = have.identity(), want.identity()
     for key in theirs | ours:
         if theirs.get(key) != ours.get(key):
+            there, here = _short(theirs.get(key)), _short(ours.get(key))
             raise StoreError(
-                f"{path} was made otherwise: {key} is {_short(theirs.get(key))} there and {_short(ours.get(key))} here; use another --out, or the settings it was made with"
+                f"{path} was made otherwise: {key} is {there} there and {here} here; use another --out, or the settings it was made with"
             )
 
 
@@ -536,6 +535,6 @@ def _create_array(store: MemoryStore, shape: tuple[int, ...], axis: str, header:
     )
 
 
-def _get_sync(store: MemoryStore, key: str) -> memoryview | None:
+def _bytes_of(store: MemoryStore, key: str) -> memoryview | None:
     value = store._store_dict.get(key)
-    return None if value is None else memoryview(value.as_numpy_array())
+    return None if value is None else memoryview(value.as_numpy_array())  # type: ignore[arg-type]

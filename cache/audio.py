@@ -1,0 +1,398 @@
+"""Where audio comes from: an audio folder, a `datasets` dataset, or a JSONL manifest.
+
+Planning reads headers only; a clip is decoded when its shard is captured, and again when somebody wants to hear it.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+import soundfile
+import soxr
+
+from cache.errors import SourceError
+from cache.plan import SAMPLES_PER_FRAME, SkippedSource, SourceItem
+from cache.store import SAMPLE_RATE, ActivationStore
+
+AUDIO_SUFFIXES = frozenset(
+    (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph")
+    + (".m4a", ".mp4", ".aac", ".webm", ".wma")  # libsndfile can't read these: they are named among the skipped, not passed over
+)
+TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+LANGUAGE_COLUMNS = ("language", "lang", "locale")
+UNKNOWN_LENGTH = 2**63 - 1
+"""What libsndfile reports where a header does not say how long the audio is."""
+ROUNDING_SAMPLES = 2
+"""A resampled clip may differ this much from the length computed from its header."""
+
+
+class Source(Protocol):
+    """A dataset of audio. Items come in a fixed order; `read` finds an item again by its (source, source_row)."""
+
+    in_order_only: bool
+    """A stream: items can be read only in the order in which they come."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON from which `reopen_source` makes the same source again; stored in the header."""
+
+    def items(self) -> Iterator[SourceItem | SkippedSource]:
+        """Every item, from its header alone."""
+
+    def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
+        """float32 [n_samples], mono, 16 kHz, from `start_s`. Raises SourceError saying what is wrong with the audio."""
+
+
+def open_source(spec: str, split: str | None = None, subset: str | None = None, streaming: bool = False) -> Source:
+    """Opens what `--dataset` names: a folder of audio, a folder saved by `datasets`, a `.jsonl` manifest, a `.parquet` file, or a dataset of the hub.
+
+    Raises SourceError if there is nothing of the kind.
+    """
+    path = Path(spec)
+    if path.suffix in (".jsonl", ".json") and path.is_file():
+        return Manifest(path)
+    if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
+        return AudioFolder(path, split)
+    if path.is_file() and path.suffix != ".parquet":
+        raise SourceError(f"{spec} is neither a folder, a .jsonl manifest nor a .parquet file")
+    if not path.exists() and (path.is_absolute() or spec.startswith(".") or spec.count("/") > 1):
+        raise SourceError(f"there is no dataset at {spec}")
+    return HubDataset(spec, split, subset, streaming)
+
+
+def reopen_source(description: dict[str, Any]) -> Source:
+    """The source that a store's header describes."""
+    kind, values = description["kind"], {key: value for key, value in description.items() if key != "kind"}
+    if kind == "audiofolder":
+        return AudioFolder(Path(values["root"]), values["split"])
+    if kind == "manifest":
+        return Manifest(Path(values["path"]))
+    if kind == "datasets":
+        return HubDataset(**values)
+    raise SourceError(f"this store's audio comes from a source of kind '{kind}', which this hearsae does not know")
+
+
+def load_clip(store: ActivationStore, clip: int, source: Source | None = None) -> np.ndarray:
+    """The audio of one clip of a store: float32 [n_samples], mono, 16 kHz. Raises SourceError if it is gone or unreadable."""
+    row = {name: store.clips[name][clip].as_py() for name in ("source", "source_row", "start_s", "duration_s")}
+    source = source or reopen_source(store.header.dataset)
+    return source.read(row["source"], row["source_row"], row["start_s"], round(row["duration_s"] * SAMPLE_RATE))
+
+
+# Decoding
+
+
+def header_samples(file: str | Path | io.BytesIO) -> int:
+    """Length in samples at 16 kHz, from the header alone. Raises SourceError if it is no readable audio."""
+    try:
+        info = soundfile.info(file)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise SourceError(_why(error)) from error
+    if info.frames >= UNKNOWN_LENGTH or info.samplerate < 1:
+        raise SourceError("its header does not say how long it is")
+    return info.frames * SAMPLE_RATE // info.samplerate
+
+
+def decode(file: str | Path | io.BytesIO, start_s: float, n_samples: int, tolerance: int = ROUNDING_SAMPLES) -> np.ndarray:
+    """Decodes, mixes to mono, resamples: float32 [n_samples] at 16 kHz from `start_s`.
+
+    tolerance: samples that may lack at the end and are filled with zeros.
+    Raises SourceError if the audio is unreadable, shorter than asked for, or not finite.
+    """
+    try:
+        with soundfile.SoundFile(file) as sound:
+            rate = sound.samplerate
+            sound.seek(min(round(start_s * rate), sound.frames))
+            samples = sound.read(-(-n_samples * rate // SAMPLE_RATE), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise SourceError(_why(error)) from error
+    mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
+    if not np.isfinite(mono).all():
+        raise SourceError("it has NaN or infinite samples")
+    if rate != SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    if len(mono) < n_samples - tolerance:
+        raise SourceError(
+            f"it ends after {start_s + len(mono) / SAMPLE_RATE:.2f} s; its header says {start_s + n_samples / SAMPLE_RATE:.2f} s or more"
+        )
+    return np.pad(mono[:n_samples], (0, max(0, n_samples - len(mono))))
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, soundfile.LibsndfileError):
+        return f"it can't be decoded ({error.error_string.rstrip('.')})"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, OSError):
+        return f"it can't be read ({error.strerror or error})"
+    return "it can't be decoded (no format that libsndfile knows: convert it to FLAC)"
+
+
+def _split_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a SourceItem that a row of metadata gives: text, speaker, language, and all else as extra."""
+    fields: dict[str, Any] = {"extra": dict(row)}
+    for field, names in (("text", TEXT_COLUMNS), ("speaker", SPEAKER_COLUMNS), ("language", LANGUAGE_COLUMNS)):
+        name = next((name for name in names if row.get(name) not in (None, "")), None)
+        if name is not None:
+            fields[field] = str(fields["extra"].pop(name))
+    return fields
+
+
+# An audio folder
+
+
+class AudioFolder:
+    """A folder of audio files in the layout of Hugging Face's `audiofolder`, with or without metadata.
+
+    Splits are the folders below the root. `metadata.jsonl`, `.csv` or `.parquet` in any folder describes the files beside and below it
+    by `file_name`. A `source` is a path relative to the root, so a store outlives a move of its dataset.
+    """
+
+    in_order_only = False
+
+    def __init__(self, root: Path, split: str | None = None) -> None:
+        self.root, self.split = root, split
+        if not root.is_dir():
+            raise SourceError(f"there is no folder {root}")
+        if split is not None and not (root / split).is_dir():
+            folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+            raise SourceError(f"{root} has no split '{split}'" + (f"; it has: {', '.join(folders)}" if folders else ""))
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "audiofolder", "root": str(self.root.resolve()), "split": self.split}
+
+    def items(self) -> Iterator[SourceItem | SkippedSource]:
+        files, metadata = self._scan()
+        if not files and not metadata:
+            raise SourceError(f"there are no audio files in {self.root / self.split if self.split else self.root}")
+        for source in sorted(files | metadata.keys()):
+            row = metadata.get(source, {})
+            if not _is_text(source):
+                yield SkippedSource(repr(source), 0, "its name is not valid UTF-8")
+                continue
+            try:
+                if not _stays_inside(source):
+                    raise SourceError("its file_name leads out of the dataset's folder")
+                if source not in files:
+                    raise SourceError("the metadata names it, but there is no such file")
+                yield SourceItem(source, 0, header_samples(self.root / source), **_split_columns(row))
+            except SourceError as error:
+                yield SkippedSource(source, 0, str(error))
+
+    def _scan(self) -> tuple[set[str], dict[str, dict[str, Any]]]:
+        """Audio files, and what metadata says of a file, both by path relative to the root."""
+        files: set[str] = set()
+        metadata: dict[str, dict[str, Any]] = {}
+        top = self.root / self.split if self.split else self.root
+        for folder, _, names in os.walk(top):
+            relative = Path(folder).relative_to(self.root)
+            for name in names:
+                if Path(name).suffix.lower() in AUDIO_SUFFIXES:
+                    files.add((relative / name).as_posix())
+                elif name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+                    for row in _metadata_rows(Path(folder) / name):
+                        file_name = str(row.pop("file_name"))
+                        metadata[PurePosixPath(relative.as_posix(), file_name).as_posix()] = row
+        return files, metadata
+
+    def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
+        if not _stays_inside(source):
+            raise SourceError("its path leads out of the dataset's folder")
+        return decode(self.root / source, start_s, n_samples)
+
+
+def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".jsonl":
+        rows: Any = _json_lines(path)
+    elif path.suffix == ".csv":
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [(f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(file), start=2)]
+    else:
+        rows = [(f"{path}, row {number}", row) for number, row in enumerate(pq.read_table(path).to_pylist())]
+    for where, row in rows:
+        if not row.get("file_name"):
+            raise SourceError(f"{where}: there is no file_name")
+        yield row
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`file:line`, object) for each line that is not blank."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise SourceError(f"{path}:{number}: not a JSON object")
+                    yield f"{path}:{number}", row
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}:{number}: not JSON ({error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path} can't be read: {error}") from error
+
+
+def _stays_inside(source: str) -> bool:
+    path = PurePosixPath(source)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# A manifest
+
+
+class Manifest:
+    """A JSONL file, one clip or file a line: `audio` (or `audio_filepath`, `file_name`, `path`), `text`, `offset`, `duration`, anything else.
+
+    Paths are absolute, or relative to the manifest. With a `duration` no file is opened to plan.
+    """
+
+    in_order_only = False
+    PATH_COLUMNS = ("audio", "audio_filepath", "file_name", "path")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "manifest", "path": str(self.path.resolve())}
+
+    def items(self) -> Iterator[SourceItem | SkippedSource]:
+        for number, (where, row) in enumerate(_json_lines(self.path)):
+            name = next((name for name in self.PATH_COLUMNS if row.get(name)), None)
+            if name is None:
+                raise SourceError(f"{where}: no audio path (one of {', '.join(self.PATH_COLUMNS)})")
+            source, offset, duration = str(row.pop(name)), row.pop("offset", None) or 0.0, row.pop("duration", row.pop("duration_s", None))
+            try:
+                file = self._file(source)
+                start = round(float(offset) * SAMPLE_RATE)
+                n_samples = header_samples(file) - start if duration is None else round(float(duration) * SAMPLE_RATE)
+                if start < 0 or n_samples < 1:
+                    raise SourceError(f"nothing is left of it from offset {offset} on")
+                yield SourceItem(source, number, n_samples, offset_samples=start, **_split_columns(row))
+            except SourceError as error:
+                yield SkippedSource(source, number, str(error))
+            except (TypeError, ValueError) as error:
+                raise SourceError(f"{where}: offset and duration must be numbers of seconds") from error
+
+    def _file(self, source: str) -> Path:
+        if Path(source).is_absolute():
+            return Path(source)
+        if not _stays_inside(source):
+            raise SourceError("its path leads out of the manifest's folder (give an absolute path if that is meant)")
+        return self.path.parent / source
+
+    def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
+        # Durations in manifests are rounded: up to one frame may lack.
+        return decode(self._file(source), start_s, n_samples, tolerance=SAMPLES_PER_FRAME)
+
+
+# A dataset of the `datasets` library
+
+
+class HubDataset:
+    """A `datasets` dataset with an audio column: of the hub, saved to disk, or Parquet files; map-style or streaming."""
+
+    def __init__(self, path: str, split: str | None, subset: str | None = None, streaming: bool = False) -> None:
+        self.path, self.split, self.subset, self.streaming = path, split, subset, streaming
+        self.in_order_only = streaming
+        self._data = self._load()
+        self._column = self._audio_column()
+        self._data = self._data.cast_column(self._column, _audio_bytes())
+        self._stream: Iterator[dict[str, Any]] | None = None
+        self._next_row = 0
+        self._last: tuple[int, dict[str, Any]] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        path = str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
+        return {"kind": "datasets", "path": path, "split": self.split, "subset": self.subset, "streaming": self.streaming}
+
+    def _load(self) -> Any:
+        import datasets
+
+        datasets.disable_progress_bars()
+        try:
+            if (Path(self.path) / "state.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
+                loaded = datasets.load_from_disk(self.path)
+                if self.streaming and isinstance(loaded, datasets.Dataset):
+                    loaded = loaded.to_iterable_dataset()
+            elif self.path.endswith(".parquet"):
+                loaded = datasets.load_dataset("parquet", data_files=self.path, streaming=self.streaming)
+            else:
+                loaded = datasets.load_dataset(self.path, self.subset, streaming=self.streaming)
+        except Exception as error:  # the library raises many kinds for "there is none" and "no network"
+            raise SourceError(f"the dataset '{self.path}' can't be loaded: {_first_line(error)}") from error
+        if isinstance(loaded, dict):
+            if self.split is None and len(loaded) > 1:
+                raise SourceError(f"the dataset '{self.path}' has several splits, choose one with --split: {', '.join(loaded)}")
+            if self.split is not None and self.split not in loaded:
+                raise SourceError(f"the dataset '{self.path}' has no split '{self.split}'; it has: {', '.join(loaded)}")
+            loaded = loaded[self.split or next(iter(loaded))]
+        return loaded
+
+    def _audio_column(self) -> str:
+        import datasets
+
+        features = self._data.features or {}
+        for name, feature in features.items():
+            if isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()):
+                return name
+        raise SourceError(f"the dataset '{self.path}' has no audio column; its columns are: {', '.join(features) or 'unknown'}")
+
+    def items(self) -> Iterator[SourceItem | SkippedSource]:
+        for number, row in enumerate(self._data):
+            audio = row.pop(self._column)
+            extra = {key: value for key, value in row.items() if isinstance(value, str | int | float | bool | None)}
+            if audio and audio.get("path"):
+                extra["file"] = Path(audio["path"]).name
+            try:
+                yield SourceItem(self.path, number, header_samples(_file_of(audio)), **_split_columns(extra))
+            except SourceError as error:
+                yield SkippedSource(self.path, number, str(error))
+
+    def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
+        return decode(_file_of(self._row(source_row)[self._column]), start_s, n_samples)
+
+    def _row(self, number: int) -> dict[str, Any]:
+        if self._last is None or self._last[0] != number:
+            self._last = (number, self._streamed_row(number) if self.streaming else self._data[number])
+        return self._last[1]
+
+    def _streamed_row(self, number: int) -> dict[str, Any]:
+        # A stream runs forward only: rows asked for in ascending order cost one pass, going back starts another.
+        if self._stream is None or number < self._next_row:
+            self._stream, self._next_row = iter(self._data), 0
+        for row in self._stream:
+            self._next_row += 1
+            if self._next_row == number + 1:
+                return row
+        raise SourceError(f"the stream ended before row {number}")
+
+
+def _audio_bytes() -> Any:
+    import datasets
+
+    return datasets.Audio(decode=False)
+
+
+def _file_of(audio: Any) -> str | io.BytesIO:
+    if audio and audio.get("bytes"):
+        return io.BytesIO(audio["bytes"])
+    if audio and audio.get("path"):
+        return str(audio["path"])
+    raise SourceError("the row has no audio")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,220 @@
+"""Capture: from a dataset to a store. `prepare` plans, a `Worker` makes one shard at a time, `summarise` counts.
+
+Every shard is a pure function of (store, shard), so shards can be made in any order, anywhere, any number of times.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from cache.audio import Source, open_source, reopen_source
+from cache.errors import HearsaeError, ModelError, SourceError
+from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
+from cache.plan import Plan, make_plan
+from cache.sites import Site, match_sites
+from cache.store import ActivationStore, Header, Skip
+
+BATCH = {"cpu": 1, "cuda": 16}
+"""Clips per forward pass. Batching gains nothing on a CPU."""
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Runs Whisper over a dataset and keeps activations in a store. The same command again finishes what is missing."""
+
+    dataset: str
+    """Folder of audio, folder saved by `datasets`, .jsonl manifest, .parquet file, or a dataset of the Hugging Face hub."""
+    model: str
+    """Name of an openai-whisper model, or a checkpoint file in its format."""
+    sites: tuple[str, ...]
+    """Sites or patterns: encoder.blocks.2, 'encoder.blocks.*.mlp.1', ..."""
+    out: Path
+    """The store to create or continue."""
+    split: str | None = None
+    """Split of the dataset."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    streaming: bool = False
+    """Stream a hub dataset instead of downloading it first; keeps its order."""
+    limit: int | None = None
+    """Use the first so many files or rows only."""
+    clip_seconds: float = 30.0
+    """Cut audio into clips of at most this length (at most 30)."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the stored activations."""
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    """Compression of the stored chunks (with bitshuffle)."""
+    shard_rows: int | None = None
+    """Rows per shard; default: 65536 for large sets, less for small ones."""
+    chunk_rows: int = 4096
+    """Rows per chunk, the unit of reading."""
+    seed: int = 0
+    """Of the order of the clips."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    batch: int | None = None
+    """Clips per forward pass; default: 1 on a CPU, 16 on a GPU."""
+    strict: bool = False
+    """Stop at the first clip that can't be read, instead of recording and skipping it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs to know before it starts."""
+
+    store: ActivationStore
+    sites: list[Site]
+    pending: dict[int, list[str]]
+    """Shard -> sites that it lacks."""
+
+
+class ShardResult(NamedTuple):
+    """What one shard came to."""
+
+    shard: int
+    frames: int
+    skipped: tuple[Skip, ...]
+    seconds: dict[str, float]
+
+
+def plan_capture(config: CaptureConfig, model: LoadedModel) -> tuple[Source, Plan, list[Site]]:
+    """Reads headers and plans; computes nothing. Raises HearsaeError for sites, text or audio that are not there."""
+    sites = match_sites(config.sites, model.dims_dict, model.has_decoder)
+    source = open_source(config.dataset, config.split, config.subset, config.streaming)
+    window_s = model.dims.n_audio_ctx * 0.02
+    plan = make_plan(
+        islice(source.items(), config.limit),
+        clip_seconds=min(config.clip_seconds, window_s) if config.clip_seconds <= 30 else config.clip_seconds,
+        shard_rows=config.shard_rows,
+        chunk_rows=config.chunk_rows,
+        seed=config.seed,
+        shuffle=not source.in_order_only,
+        tokenize=model.decoder_input,
+    )
+    if any(site.needs_decoder for site in sites) and "token" not in plan.axes:
+        raise HearsaeError("decoder sites need text, and no clip of this dataset has any: give a column 'text', or choose encoder sites")
+    if config.strict and plan.skipped.num_rows:
+        first = plan.skipped.to_pylist()[0]
+        raise SourceError(f"{first['source']} (row {first['source_row']}): {first['reason']}")
+    return source, plan, sites
+
+
+def prepare(config: CaptureConfig) -> Prepared:
+    """Plans, and creates the store or continues it. Raises HearsaeError where the run can't be what it was before."""
+    model = load_model(config.model, "cpu")
+    source, plan, sites = plan_capture(config, model)
+    header = Header(model.header(), source.describe(), plan.axes, plan.summary(), dtype=config.dtype, codec=config.codec)
+    store = ActivationStore.create(config.out, header, plan, sites)
+    return Prepared(store, sites, store.pending([site.name for site in sites]))
+
+
+class Worker:
+    """Holds a model and makes shards. One thread on a CPU: shards parallelise better as one-thread processes than as threads."""
+
+    def __init__(self, config: CaptureConfig) -> None:
+        self.config = config
+        self.model = load_model(config.model, config.device)
+        self.store = ActivationStore.open(config.out)
+        if self.model.sha256 != self.store.header.model["sha256"]:
+            raise ModelError(f"{config.model} changed since {config.out} was created")
+        self.sites = {site.name: site for site in match_sites(config.sites, self.model.dims_dict, self.model.has_decoder)}
+        self.source = reopen_source(self.store.header.dataset)
+        self.batch = config.batch or BATCH[self.model.device.type]
+
+    def run(self, shard: int) -> ShardResult:
+        """Makes and commits what the shard lacks. Raises HearsaeError if it can't be written, or (strict) a clip can't be read."""
+        missing = [site for name, site in self.sites.items() if shard not in self.store.committed(name)]
+        if not missing:
+            return ShardResult(shard, 0, (), {})
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with fast_matmul():
+                return self._make(shard, missing)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _make(self, shard: int, sites: list[Site]) -> ShardResult:
+        seconds: dict[str, float] = defaultdict(float)
+        rows = {site.name: np.zeros((self.store.axis(site.name).shard_rows, site.width), self.store.header.dtype) for site in sites}
+        skipped: list[Skip] = []
+        clips = iter(self.store.shard_clips(shard))
+        while group := list(islice(clips, self.batch)):
+            audio: dict[int, np.ndarray] = {}
+            start = time.perf_counter()
+            for clip in group:
+                try:
+                    audio[clip] = self._decode(clip)
+                except SourceError as error:
+                    skipped.append(self._skip(clip, error))
+            seconds["decode"] += time.perf_counter() - start
+            start = time.perf_counter()
+            if audio:
+                self._forward(audio, sites, rows)
+            seconds["compute"] += time.perf_counter() - start
+        frames = sum(int(self.store.clips["n_frames"][clip].as_py()) for clip in self.store.shard_clips(shard))
+        frames -= sum(int(self.store.clips["n_frames"][skip.clip].as_py()) for skip in skipped)
+        for site in sites:
+            start = time.perf_counter()
+            self.store.write_shard(site.name, shard, rows.pop(site.name), skipped, dict(seconds))
+            seconds["write"] += time.perf_counter() - start
+        return ShardResult(shard, frames, tuple(skipped), dict(seconds))
+
+    def _decode(self, clip: int) -> np.ndarray:
+        row = {name: self.store.clips[name][clip].as_py() for name in ("source", "source_row", "start_s", "duration_s")}
+        return self.source.read(row["source"], row["source_row"], row["start_s"], round(row["duration_s"] * 16000))
+
+    def _skip(self, clip: int, error: SourceError) -> Skip:
+        source, row = self.store.clips["source"][clip].as_py(), self.store.clips["source_row"][clip].as_py()
+        if self.config.strict:
+            raise SourceError(f"{source} (row {row}): {error}") from error
+        return Skip(clip, f"{source} (row {row}): {error}")
+
+    def _forward(self, audio: dict[int, np.ndarray], sites: list[Site], rows: dict[str, np.ndarray]) -> None:
+        mel = torch.stack([log_mel(samples, self.model) for samples in audio.values()])
+        tokens = [self.store.clips["tokens"][clip].as_py() or [0] for clip in audio]
+        for site_name, values in capture(self.model, mel, sites, tokens).items():
+            axis = self.store.sites[site_name]["axis"]
+            first_row = self.store.axis(site_name).shard_rows
+            for clip, of_clip in zip(audio, values, strict=True):
+                span = self.store.planned_span(axis, clip)
+                kept = of_clip[: span.stop - span.start].cpu().numpy().astype(self.store.header.dtype)
+                if not np.isfinite(kept).all():
+                    raise HearsaeError(
+                        f"{site_name} has values that {self.store.header.dtype} can't hold (clip {clip}): use --dtype float32 and another --out"
+                    )
+                rows[site_name][span.start % first_row :][: len(kept)] = kept
+
+
+def capture_in_process(config: CaptureConfig, pending: Iterable[int]) -> Iterable[ShardResult]:
+    """Makes the pending shards one after the other in this process."""
+    worker = Worker(config)
+    return (worker.run(shard) for shard in pending)
+
+
+def summarise(prepared: Prepared, results: list[ShardResult], seconds: float) -> dict[str, Any]:
+    """The run's summary, keys as in the command line's contract."""
+    store, names = prepared.store, [site.name for site in prepared.sites]
+    skipped = store.skipped(*names)
+    first = store.skipped_sources.to_pylist()
+    records = [store.record(names[0], shard) for shard in store.committed(names[0])]
+    width = {site.name: site.width for site in prepared.sites}
+    return {
+        "store": str(store.path),
+        "clips": store.clips.num_rows - len(skipped),
+        "skipped": len(skipped) + len(first),
+        "skipped_reasons": [*skipped.values(), *(f"{row['source']} (row {row['source_row']}): {row['reason']}" for row in first)],
+        "frames": sum(record.rows for record in records),
+        "shards": store.axis(names[0]).shards,
+        "shards_computed": len(results),
+        "seconds": seconds,
+        "sites": {name: {"width": width[name], "bytes": sum(store.record(name, s).object_bytes for s in store.committed(name))} for name in names},
+        "seconds_by_stage": {stage: sum(r.seconds.get(stage, 0.0) for r in results) for stage in ("decode", "compute", "write")},
+    }

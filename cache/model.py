@@ -1,0 +1,202 @@
+"""Loads a Whisper, safely, and runs the capture forward: as far as the deepest site asked for, and no further."""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import whisper
+from torch import Tensor, nn
+from whisper.audio import N_SAMPLES, log_mel_spectrogram
+from whisper.model import AudioEncoder, ModelDimensions, Whisper
+from whisper.tokenizer import Tokenizer, get_tokenizer
+
+from cache.errors import ModelError
+from cache.sites import Site
+
+MATMUL_TOLERANCE = 1e-5
+"""Largest relative error against plain fp32 at which a faster matrix multiplication counts as exact."""
+
+
+@dataclass
+class LoadedModel:
+    """A Whisper, or the encoder of one."""
+
+    name: str
+    """As asked for: a name of `whisper.available_models()` or a path."""
+    sha256: str
+    """Of the checkpoint file."""
+    dims: ModelDimensions
+    module: nn.Module
+    """Has `encoder`, and `decoder` if the checkpoint has one (then it is a whole `whisper.model.Whisper`). fp32, in eval mode."""
+    device: torch.device
+
+    @property
+    def has_decoder(self) -> bool:
+        return isinstance(self.module, Whisper)
+
+    @property
+    def dims_dict(self) -> dict[str, int]:
+        return asdict(self.dims)
+
+    @property
+    def is_multilingual(self) -> bool:
+        return self.dims.n_vocab >= 51865
+
+    @cached_property
+    def _tokenizers(self) -> dict[str | None, Tokenizer]:
+        return {}
+
+    def decoder_input(self, text: str, language: str | None = None) -> list[int]:
+        """Token ids of a teacher-forced decoder: start-of-transcript sequence without timestamps, then the text.
+
+        At most n_text_ctx of them. Raises ModelError for a language that Whisper does not know.
+        """
+        if language not in self._tokenizers:
+            languages = self.dims.n_vocab - 51765 - int(self.is_multilingual)
+            try:
+                self._tokenizers[language] = get_tokenizer(self.is_multilingual, num_languages=languages, language=language, task="transcribe")
+            except ValueError as error:
+                raise ModelError(f"Whisper does not know the language '{language}' that the dataset names") from error
+        tokenizer = self._tokenizers[language]
+        return [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(" " + text.strip())][: self.dims.n_text_ctx]
+
+    def header(self) -> dict[str, Any]:
+        """What a store's header says of the model."""
+        return {"name": self.name, "sha256": self.sha256, "dims": self.dims_dict, "has_decoder": self.has_decoder}
+
+
+def load_model(name: str, device: str = "auto") -> LoadedModel:
+    """Loads a model by name (downloaded and checked by openai-whisper) or from a checkpoint in openai-whisper's format.
+
+    A checkpoint may hold the encoder alone. Nothing is unpickled but tensors and plain values.
+    Raises ModelError if there is no such model or the file is not such a checkpoint.
+    """
+    target = choose_device(device)
+    path = _checkpoint_path(name)
+    data = path.read_bytes()
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        dims = ModelDimensions(**checkpoint["dims"])
+        weights = {key: value.float() for key, value in checkpoint["model_state_dict"].items()}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+        raise ModelError(f"{path} is not a checkpoint in openai-whisper's format ('dims' and 'model_state_dict')") from error
+    module = _build(dims, weights, path)
+    return LoadedModel(name, hashlib.sha256(data).hexdigest(), dims, module.eval().requires_grad_(False).to(target), target)
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ModelError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"there is no CUDA device for --device {device}: use --device cpu")
+    return torch.device(device)
+
+
+def _checkpoint_path(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    if name not in whisper.available_models():
+        raise ModelError(f"there is no model '{name}': give a checkpoint file or one of {', '.join(whisper.available_models())}")
+    folder = Path.home() / ".cache" / "whisper"
+    try:
+        return Path(whisper._download(whisper._MODELS[name], str(folder), in_memory=False))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"the model '{name}' can't be downloaded ({error}): give a checkpoint file with --model") from error
+
+
+def _build(dims: ModelDimensions, weights: dict[str, Tensor], path: Path) -> nn.Module:
+    module: nn.Module
+    if any(key.startswith("decoder.") for key in weights):
+        module = Whisper(dims)
+    else:
+        module = nn.Module()
+        module.encoder = AudioEncoder(dims.n_mels, dims.n_audio_ctx, dims.n_audio_state, dims.n_audio_head, dims.n_audio_layer)
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ModelError(f"the weights in {path} do not fit its dims: {str(error).splitlines()[1].strip()}") from error
+    return module
+
+
+def log_mel(audio: np.ndarray, model: LoadedModel) -> Tensor:
+    """Whisper's input for one clip of at most 30 s: [n_mels, 3000], padded with silence as `whisper.pad_or_trim` does."""
+    padded = torch.zeros(N_SAMPLES)
+    padded[: len(audio)] = torch.from_numpy(audio)
+    return log_mel_spectrogram(padded, n_mels=model.dims.n_mels, device=model.device)
+
+
+class _DeepestReached(Exception):
+    """Ends the forward pass: what was asked for has been seen."""
+
+
+@torch.inference_mode()
+def capture(model: LoadedModel, mel: Tensor, sites: Sequence[Site], tokens: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
+    """The outputs of `sites` for a batch: site -> fp32 [batch, positions, width], padding included.
+
+    mel: [batch, n_mels, 3000]. tokens: decoder input of each clip, needed for decoder sites; shorter ones are filled up at the end,
+    which a causal decoder does not see. An attention module gives its output, not its weights.
+    Raises ModelError for decoder sites without a decoder or without tokens.
+    """
+    deepest = max(sites, key=lambda site: site.order)
+    if deepest.needs_decoder and not (model.has_decoder and tokens):
+        raise ModelError(f"{deepest.name} needs a checkpoint with a decoder, and clips with text")
+    found: dict[str, Tensor] = {}
+    modules = dict(model.module.named_modules())
+
+    def keep(site: Site) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[site.name] = output[0] if isinstance(output, tuple) else output
+            if site is deepest:
+                raise _DeepestReached
+
+        return hook
+
+    handles = [modules[site.name].register_forward_hook(keep(site)) for site in sites]
+    try:
+        encoded = model.module.get_submodule("encoder")(mel)
+        width = max(map(len, tokens))
+        filled = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tokens], device=model.device)
+        model.module.get_submodule("decoder")(filled, encoded)
+    except _DeepestReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@contextmanager
+def fast_matmul() -> Iterator[str]:
+    """Multiplies fp32 matrices on the CPU through oneDNN where that is exact on this machine, about twice as fast as torch's default.
+
+    The switch allows oneDNN to round to bf16 on CPUs with bf16 matrix units, so it is tried first: if the result differs from plain
+    fp32 by more than MATMUL_TOLERANCE it stays off. Yields the precision in force.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if _onednn_is_exact() else before)
+    try:
+        yield torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _onednn_is_exact() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(256, 384, generator=generator), torch.randn(384, 512, generator=generator)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        exact = a @ b
+        torch.set_float32_matmul_precision("medium")
+        return bool((a @ b - exact).norm() / exact.norm() < MATMUL_TOLERANCE)
+    finally:
+        torch.set_float32_matmul_precision(before)
