@@ -17,13 +17,13 @@ import soundfile
 import soxr
 
 from cache.errors import SourceError
+from cache.header import SAMPLE_RATE
 from cache.plan import SAMPLES_PER_FRAME, SkippedSource, SourceItem
-from cache.store import SAMPLE_RATE, ActivationStore
+from cache.store import ActivationStore
 
-AUDIO_SUFFIXES = frozenset(
-    (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph")
-    + (".m4a", ".mp4", ".aac", ".webm", ".wma")  # libsndfile can't read these: they are named among the skipped, not passed over
-)
+READABLE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph")
+UNREADABLE_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".wma")
+"""Audio that libsndfile can't decode: named among the skipped, not passed over."""
 TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 LANGUAGE_COLUMNS = ("language", "lang", "locale")
@@ -193,7 +193,7 @@ class AudioFolder:
         for folder, _, names in os.walk(top):
             relative = Path(folder).relative_to(self.root)
             for name in names:
-                if Path(name).suffix.lower() in AUDIO_SUFFIXES:
+                if Path(name).suffix.lower() in READABLE_SUFFIXES + UNREADABLE_SUFFIXES:
                     files.add((relative / name).as_posix())
                 elif name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
                     for row in _metadata_rows(Path(folder) / name):

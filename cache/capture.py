@@ -16,10 +16,11 @@ import torch
 
 from cache.audio import Source, open_source, reopen_source
 from cache.errors import HearsaeError, ModelError, SourceError
+from cache.header import Header
 from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
 from cache.plan import Plan, make_plan
 from cache.sites import Site, match_sites
-from cache.store import ActivationStore, Header, Skip
+from cache.store import ActivationStore, Skip
 
 BATCH = {"cpu": 1, "cuda": 16}
 """Clips per forward pass. Batching gains nothing on a CPU."""

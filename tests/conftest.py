@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.header import Header
 from cache.plan import Plan, SourceItem, make_plan
 from cache.sites import Site
-from cache.store import ActivationStore, Header, Skip
+from cache.store import ActivationStore, Skip
 
 ASSETS = Path(os.environ.get("HEARSAE_ASSETS", Path(__file__).parents[1].parent / "shared" / "assets"))
 

@@ -48,7 +48,7 @@ def test_frames_are_20_ms_and_padding_has_no_rows(store):
 @pytest.mark.parametrize("reader", ["zarr", "tensorstore", "xarray"])
 @pytest.mark.parametrize("codec", ["none", "lz4", "zstd"])
 def test_other_readers_read_the_arrays(tmp_path, reader, codec):
-    from cache.store import Header
+    from cache.header import Header
 
     plan = plan_of(SECONDS, chunk_rows=256, shard_rows=2048)
     header = Header(model={"name": "m", "sha256": "1", "dims": {}}, dataset={}, axes=plan.axes, plan=plan.summary(), codec=codec)

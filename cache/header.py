@@ -1,0 +1,94 @@
+"""The header of a store: what makes it what it is, and what must agree before a run continues it."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from cache.errors import StoreError
+from cache.plan import Axis
+
+FORMAT = 1
+FRAME_SECONDS = 0.02
+SAMPLE_RATE = 16000
+
+
+@dataclass(frozen=True)
+class Header:
+    """What makes a store what it is. Two runs continue one store only if all of this agrees, but for `sites` and names."""
+
+    model: dict[str, Any]
+    """`name`, `sha256` of the checkpoint file, `dims`, `has_decoder`."""
+    dataset: dict[str, Any]
+    """How to open the source again: see `cache.audio.open_source`."""
+    axes: dict[str, Axis]
+    plan: dict[str, Any]
+    """`hash`, `seed`, `clips`, `skipped_sources`, `clip_seconds`."""
+    dtype: str = "float16"
+    codec: Literal["none", "lz4", "zstd"] = "none"
+    context: dict[str, Any] = field(default_factory=lambda: {"mode": "padded"})
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Site name -> `axis`, `width`."""
+    format: int = FORMAT
+    frame_seconds: float = FRAME_SECONDS
+    sample_rate: int = SAMPLE_RATE
+    software: dict[str, str] = field(default_factory=lambda: software())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"axes": {name: axis._asdict() for name, axis in self.axes.items()}}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Header":
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in data.items() if k in known}
+        return cls(**values | {"axes": {name: Axis(**axis) for name, axis in data["axes"].items()}})
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that must agree, flat, in the order in which a difference is reported."""
+        flat: dict[str, Any] = {"format": self.format, "model.sha256": self.model["sha256"], "model.dims": self.model["dims"]}
+        flat |= {f"plan.{key}": value for key, value in self.plan.items() if key != "hash"}
+        flat |= {f"axes.{name}": axis._asdict() for name, axis in self.axes.items()}
+        flat |= {"dtype": self.dtype, "codec": self.codec, "context": self.context, "frame_seconds": self.frame_seconds}
+        return flat | {"sample_rate": self.sample_rate, "plan.hash": self.plan["hash"]}
+
+
+def software() -> dict[str, str]:
+    """Versions that can influence the stored numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("hearsae", "torch", "openai-whisper", "numpy", "zarr"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def read_header(path: Path) -> Header:
+    """The header of the store at `path`. Raises StoreError if there is no store, or one of another format."""
+    try:
+        data = json.loads((path / "zarr.json").read_bytes())["attributes"]["hearsae"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"there is no activation store at {path}") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise StoreError(f"{path} is not a hearsae activation store") from error
+    if data.get("format") != FORMAT:
+        raise StoreError(f"{path} has store format {data.get('format')}; this hearsae reads format {FORMAT}")
+    return Header.from_json(data)
+
+
+def refuse_difference(path: Path, have: Header, want: Header) -> None:
+    """Raises StoreError naming the first thing in which the store at `path` differs from what a run wants."""
+    theirs, ours = have.identity(), want.identity()
+    for key in theirs | ours:
+        if theirs.get(key) != ours.get(key):
+            there, here = _short(theirs.get(key)), _short(ours.get(key))
+            raise StoreError(
+                f"{path} was made otherwise: {key} is {there} there and {here} here; use another --out, or the settings it was made with"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, str) else value
+    return text if len(text) <= 80 else text[:77] + "..."
