@@ -1,0 +1,440 @@
+"""Training: one pass over the rows of one or more stores, for one SAE or a grid of them.
+
+`train` is the loop, from top to bottom; `Trainee` is one SAE with all that its training step needs. Nothing draws random numbers once
+the SAEs are initialised, and the order of the rows follows from the stream's seed and position, so a checkpoint is weights,
+optimiser, counters and one position, and going on from it gives the same bits as never having stopped.
+"""
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from cache.errors import HearsaeError
+from cache.model import fast_matmul
+from cache.store import ActivationStore, put
+from sae.models import Dictionary, SaeConfig
+from sae.sparse import SparseRows, autoencode, select_above, select_batch_topk, select_topk
+from sae.stream import RowStream
+
+CHECKPOINT = "checkpoint.safetensors"
+RESULT = "train.json"
+LOG_EVERY_ROWS = 50_000
+RUNNING_DECAY = 0.98
+"""Of the running means of threshold, FVU and L0: they follow about the last 50 batches."""
+HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "quiet")
+"""Settings that may differ when a run is continued; that the stores hold the same rows is checked by `RowStream.fingerprint`."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train sparse autoencoders on stored activations. Several sites, widths, sparsities or seeds make a grid, trained in one pass.
+
+    The same command again continues from the last checkpoint; a finished run is left alone.
+    """
+
+    store: tuple[Path, ...]
+    """Activation stores to train on, captured from the same Whisper."""
+    site: tuple[str, ...]
+    """Sites whose rows to learn, one SAE each."""
+    out: Path
+    """Folder for the SAE (of a grid: one folder per SAE in it), train.json and TensorBoard logs."""
+    d_sae: tuple[int, ...] = (3072,)
+    """Numbers of latents."""
+    k: tuple[int, ...] = (32,)
+    """Latents kept per row (batchtopk: on average). Not for relu."""
+    arch: Literal["batchtopk", "topk", "relu"] = "batchtopk"
+    """Architecture."""
+    seed: tuple[int, ...] = (0,)
+    """Seeds of the initial weights."""
+    rows: int = 4_000_000
+    """Rows to train on; a store with fewer is read several times."""
+    batch: int = 4096
+    """Rows per step."""
+    lr: float | None = None
+    """Highest learning rate of Adam. Default: 1.2e-3 for 3072 latents, falling with the square root of the width."""
+    warmup: float = 0.02
+    """First part of the run, over which the learning rate (and the L1 coefficient) rises from 0."""
+    decay: float = 0.5
+    """Last part of the run, over which the learning rate falls to 0."""
+    l1: float = 5.0
+    """Coefficient of the L1 norm beside the squared error, for rows of mean squared norm d_in (relu only)."""
+    aux: float = 1 / 32
+    """Coefficient of the AuxK loss, which brings dead latents back (2406.04093)."""
+    dead_after: int = 250_000
+    """Rows after which a latent that did not fire counts as dead."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient of one SAE."""
+    stream_seed: int = 0
+    """Seed of the order of the rows, the same for every SAE of a grid."""
+    buffer_mib: int = 256
+    """Size of the buffer in which rows are mixed; two of them are in memory."""
+    checkpoint_every: int = 1_000_000
+    """Rows between checkpoints."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    threads: int | None = None
+    """CPU threads. Default: as PyTorch chooses."""
+    quiet: bool = False
+    """Shows no progress bar."""
+
+
+class RunResult(NamedTuple):
+    """One trained SAE. FVU, L0 and dead fraction are those of the last training batches: `evaluate` gives those of held-out rows."""
+
+    dir: str
+    site: str
+    arch: str
+    d_sae: int
+    k: int
+    seed: int
+    rows: int
+    seconds: float
+    rows_per_s: float
+    wait_fraction: float
+    """Part of the time in which the loop waited for rows."""
+    fvu: float
+    l0: float
+    dead_fraction: float
+
+
+def train(config: TrainConfig, stores: Sequence[ActivationStore] | None = None) -> list[RunResult]:
+    """Trains every SAE of the grid and saves it; writes `train.json` with the config and the results, which it returns.
+
+    stores: already open, in place of `config.store`.
+    Raises HearsaeError for settings that can't work, stores that can't be read, and another run's output in `config.out`.
+    """
+    _check(config)
+    device = _device(config.device)
+    stores = [ActivationStore.open(path) for path in config.store] if stores is None else stores
+    with _threads(config.threads), fast_matmul(), RowStream(
+        stores, config.site, config.batch, config.stream_seed, buffer_bytes=config.buffer_mib << 20
+    ) as stream:  # fmt: skip
+        identity = _identity(config, stream)
+        if (config.out / RESULT).exists():
+            return _finished(config.out / RESULT, identity)
+        stats = {site: stream.stats(site) for site in config.site}
+        scale = {site: math.sqrt(stores[0].sites[site]["width"] / (stats[site].mean_sq_dist or 1.0)) for site in config.site}
+        centre = {site: torch.from_numpy(stats[site].mean).float().to(device) for site in config.site}
+        trainees = [Trainee(sae, config, device) for sae in _grid(config, stores)]
+        folders = _folders(config.out, [trainee.sae.config for trainee in trainees])
+        buffer = torch.empty(config.batch * max(config.d_sae), device=device)
+        steps = config.rows // config.batch
+        earlier = _load_checkpoint(config.out / CHECKPOINT, identity, trainees, stream)
+        started = time.perf_counter()
+
+        with _progress(config, stream.position) as bar, _log(config.out, stream.position) as log:
+            for step in range(stream.position // config.batch, steps):
+                rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
+                rate = learning_rate_factor(step, steps, config.warmup, config.decay)
+                for trainee in trainees:
+                    trainee.step(rows[trainee.sae.config.site], rate, buffer)
+
+                bar.update(config.batch)
+                if _passes(stream.position, config.batch, LOG_EVERY_ROWS) or step + 1 == steps:
+                    bar.set_postfix(fvu=f"{trainees[0].mean('fvu'):.3f}")
+                    for folder, trainee in zip(folders, trainees, strict=True):
+                        for name, value in trainee.scalars(rate).items():
+                            log.add_scalar(f"{folder.name}/{name}" if len(trainees) > 1 else name, value, stream.position)
+                    log.add_scalar("rows_per_s", bar.n / (time.perf_counter() - started), stream.position)
+                if _passes(stream.position, config.batch, config.checkpoint_every) and step + 1 < steps:
+                    spent = {"seconds": earlier["seconds"] + time.perf_counter() - started, "wait": earlier["wait"] + stream.wait_seconds}
+                    _save_checkpoint(config.out / CHECKPOINT, identity, trainees, stream, spent)
+
+        seconds = earlier["seconds"] + time.perf_counter() - started
+        waited = earlier["wait"] + stream.wait_seconds
+        results = []
+        for folder, trainee in zip(folders, trainees, strict=True):
+            sae = trainee.finished(stream.position)
+            sae.folded(stats[sae.config.site].mean, scale[sae.config.site]).save(folder)
+            rates = {"rows": stream.position, "seconds": seconds, "rows_per_s": stream.position / seconds, "wait_fraction": waited / seconds}
+            kind = {name: getattr(sae.config, name) for name in ("site", "arch", "d_sae", "k", "seed")}
+            results.append(
+                RunResult(str(folder), **kind, **rates, fvu=trainee.mean("fvu"), l0=trainee.mean("l0"), dead_fraction=trainee.dead_fraction)
+            )
+        put(config.out / RESULT, _to_json({"identity": identity, "config": asdict(config), "runs": [result._asdict() for result in results]}))
+        (config.out / CHECKPOINT).unlink(missing_ok=True)
+        return results
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
+    """Rises linearly over the first part of the run, stays at 1, falls linearly over the last part; never 0 in a step."""
+    rising = (step + 1) / max(1.0, warmup * steps)
+    falling = (steps - step) / max(1.0, decay * steps)
+    return min(1.0, rising, falling)
+
+
+class Trainee:
+    """One SAE in training, on rows that are centred and scaled so that mean ||x||^2 = d_in."""
+
+    def __init__(self, sae: SaeConfig, recipe: TrainConfig, device: torch.device) -> None:
+        self.recipe = recipe
+        self.sae = Dictionary(sae)
+        self.sae.init_parameters(torch.Generator().manual_seed(sae.seed))
+        self.sae.to(device)
+        self.lr = recipe.lr or 1.2e-3 * math.sqrt(3072 / sae.d_sae)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
+        self.rows_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+        self.running = dict.fromkeys(("weight", "threshold", "fvu", "l0", "aux_loss"), 0.0)
+        """Exponential sums; divided by `weight` they are running means without the bias of starting at 0."""
+
+    def step(self, x: Tensor, rate: float, buffer: Tensor) -> float:
+        """One step on x [rows, d_in] with `rate` times the learning rate. Returns the loss.
+
+        buffer: float32 with at least rows * d_sae elements, overwritten.
+        """
+        sae, recipe = self.sae, self.recipe
+        x_hat, codes, l1_norm = self._forward(x, buffer)
+        residual = x - x_hat
+        energy = x.square().sum()
+        fvu = residual.square().sum() / energy
+        aux = self._aux_loss(x, residual.detach())
+        loss = fvu + recipe.aux * aux + recipe.l1 * min(1.0, rate) * l1_norm / energy
+        if not math.isfinite(loss.item()):
+            raise HearsaeError(f"training on {sae.config.site} diverged (its loss is not finite): use a lower learning rate than {self.lr:g}")
+
+        self.optimizer.zero_grad()
+        loss.backward()
+        self._keep_decoder_gradient_tangent()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), recipe.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        self.optimizer.step()
+        with torch.no_grad():
+            sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
+        self._count(codes, len(x), float(fvu), float(aux))
+        return loss.item()
+
+    def _forward(self, x: Tensor, buffer: Tensor) -> tuple[Tensor, SparseRows, Tensor]:
+        """(reconstruction, codes, sum of the values that the L1 penalty falls on)."""
+        sae = self.sae
+        if sae.config.arch == "relu":
+            pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+            z = pre.relu()
+            return sae.decode(z), select_above(pre.detach(), 0.0), z.sum()
+        pre_buffer = buffer[: len(x) * sae.config.d_sae].view(len(x), -1)
+        x_hat, codes = autoencode(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, self._select, pre_buffer)
+        return x_hat, codes, x.new_zeros(())
+
+    def _select(self, pre: Tensor) -> SparseRows:
+        k = self.sae.config.k
+        return select_topk(pre, k) if self.sae.config.arch == "topk" else select_batch_topk(pre, k * len(pre))
+
+    def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor:
+        """AuxK (2406.04093, A.2): how much of the residual the d_in / 2 strongest dead latents of each row leave unexplained."""
+        dead = torch.nonzero(self.rows_since_fired >= self.recipe.dead_after)[:, 0]
+        if not len(dead) or not self.recipe.aux or self.sae.config.arch == "relu":
+            return x.new_zeros(())
+        sae = self.sae
+        pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
+        top = pre.topk(min(max(1, sae.config.d_in // 2), len(dead)), dim=1, sorted=False)
+        z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+        return (residual - z @ sae.W_dec[dead]).square().sum() / residual.square().sum()
+
+    @torch.no_grad()
+    def _keep_decoder_gradient_tangent(self) -> None:
+        """Takes from the decoder's gradient what would only change norms, which stay 1."""
+        W_dec, grad = self.sae.W_dec, self.sae.W_dec.grad
+        assert grad is not None
+        grad -= (grad * W_dec).sum(1, keepdim=True) * W_dec
+
+    def _count(self, codes: SparseRows, rows: int, fvu: float, aux: float) -> None:
+        self.rows_since_fired += rows
+        self.rows_since_fired[codes.latent.long()] = 0
+        smallest = float(codes.value.min()) if len(codes.value) else 0.0
+        seen = {"weight": 1.0, "threshold": smallest, "fvu": fvu, "l0": len(codes.value) / rows, "aux_loss": aux}
+        self.running = {name: RUNNING_DECAY * self.running[name] + (1 - RUNNING_DECAY) * value for name, value in seen.items()}
+
+    def mean(self, name: str) -> float:
+        """Running mean of `fvu`, `l0`, `aux_loss` or `threshold` (the smallest value kept in a batch)."""
+        return self.running[name] / (self.running["weight"] or 1.0)
+
+    @property
+    def dead_fraction(self) -> float:
+        """Part of the latents that did not fire in the last `dead_after` rows."""
+        return float((self.rows_since_fired >= self.recipe.dead_after).double().mean())
+
+    def scalars(self, rate: float) -> dict[str, float]:
+        """What is logged."""
+        return {name: self.mean(name) for name in ("fvu", "l0", "aux_loss")} | {"dead": self.dead_fraction, "lr": self.lr * rate}
+
+    @torch.no_grad()
+    def finished(self, rows: int) -> Dictionary:
+        """The dictionary, for centred and scaled rows, with the inference threshold of BatchTopK (2412.06410, section 3) set."""
+        if self.sae.config.arch == "batchtopk":
+            self.sae.threshold.fill_(self.mean("threshold"))
+        self.sae.config = replace(self.sae.config, rows=rows)
+        return self.sae
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Everything that the next step depends on: (tensors, running means)."""
+        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()} | {"rows_since_fired": self.rows_since_fired}
+        for number, of_parameter in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in of_parameter.items()}
+        return tensors, self.running
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], running: dict[str, float]) -> None:
+        """Takes up what `state` gave."""
+        self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
+        self.rows_since_fired.copy_(tensors["rows_since_fired"])
+        self.running = dict(running)
+        for number, parameter in enumerate(self.sae.parameters()):
+            # The moments lie in memory as their parameter does, which the fused step relies on.
+            moments = {name: torch.zeros_like(parameter).copy_(tensors[f"optimizer.{number}.{name}"]) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": tensors[f"optimizer.{number}.step"].to(parameter.device), **moments}
+
+
+# The grid
+
+
+def _grid(config: TrainConfig, stores: Sequence[ActivationStore]) -> list[SaeConfig]:
+    source = {
+        "model_sha256": stores[0].header.model["sha256"],
+        "store": tuple(store.path.name for store in stores),
+        "plan_hash": tuple(store.header.plan["hash"] for store in stores),
+    }
+    ks = (0,) if config.arch == "relu" else config.k
+    return [
+        SaeConfig(arch=config.arch, d_in=stores[0].sites[site]["width"], d_sae=d_sae, k=k, seed=seed, site=site, **source)
+        for site, d_sae, k, seed in product(config.site, config.d_sae, ks, config.seed)
+    ]
+
+
+def _folders(out: Path, grid: Sequence[SaeConfig]) -> list[Path]:
+    if len(grid) == 1:
+        return [out]
+    return [out / f"{sae.site}-{sae.arch}-{sae.d_sae}{f'-k{sae.k}' if sae.k else ''}-seed{sae.seed}" for sae in grid]
+
+
+def _check(config: TrainConfig) -> None:
+    for name in ("site", "d_sae", "k", "seed"):
+        values = getattr(config, name)
+        if not values or len(set(values)) < len(values):
+            raise HearsaeError(f"--{name.replace('_', '-')}: give at least one value, and none twice")
+    if not config.store:
+        raise HearsaeError("--store: give at least one activation store")
+    for site in config.site:
+        if not re.fullmatch(r"\w[\w.-]*", site):
+            raise HearsaeError(f"'{site}' is no name of a site")
+    if config.arch == "relu" and len(config.k) > 1:
+        raise HearsaeError("k has no effect on a relu SAE: leave --k out, and set --l1")
+    if config.batch < 1 or config.rows < config.batch:
+        raise HearsaeError(f"--rows {config.rows} is less than one batch of {config.batch} rows")
+    if not (0 <= config.warmup <= 1 and 0 <= config.decay <= 1):
+        raise HearsaeError(f"--warmup {config.warmup:g} and --decay {config.decay:g} are parts of the run: between 0 and 1")
+    for name in ("lr", "clip_norm", "dead_after", "checkpoint_every", "buffer_mib"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise HearsaeError(f"--{name.replace('_', '-')} {value} is not a positive number")
+    for name in ("l1", "aux", "stream_seed", *(("threads",) if config.threads is not None else ())):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise HearsaeError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative or no number")
+
+
+# Going on where a run was left
+
+
+def _identity(config: TrainConfig, stream: RowStream) -> dict[str, Any]:
+    """What must agree for two runs to be one, as JSON gives it back."""
+    settings = {name: value for name, value in asdict(config).items() if name not in HOW_NOT_WHAT}
+    return json.loads(_to_json(settings | {"stored rows": stream.fingerprint()}))
+
+
+def _refuse_difference(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+    for name in have | want:
+        if have.get(name) != want.get(name):
+            raise HearsaeError(f"{path} is of another run: {name} is {have.get(name)} there and {want.get(name)} here; use another --out")
+
+
+def _finished(path: Path, identity: dict[str, Any]) -> list[RunResult]:
+    try:
+        data = json.loads(path.read_bytes())
+        have, results = data["identity"], [RunResult(**run) for run in data["runs"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HearsaeError(f"{path} is damaged ({error}): remove it to train again") from error
+    _refuse_difference(path, have, identity)
+    return results
+
+
+def _save_checkpoint(path: Path, identity: dict[str, Any], trainees: Sequence[Trainee], stream: RowStream, spent: dict[str, float]) -> None:
+    tensors, running = {}, []
+    for number, trainee in enumerate(trainees):
+        state, means = trainee.state()
+        tensors |= {f"{number}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        running.append(means)
+    facts = {"identity": identity, "position": stream.position, "running": running, "spent": spent}
+    put(path, safetensors.torch.save(tensors, metadata={"hearsae": json.dumps(facts)}))
+
+
+def _load_checkpoint(path: Path, identity: dict[str, Any], trainees: Sequence[Trainee], stream: RowStream) -> dict[str, float]:
+    """Takes up the checkpoint, if there is one. Returns the seconds spent and waited before it."""
+    if not path.exists():
+        return {"seconds": 0.0, "wait": 0.0}
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["hearsae"])
+            _refuse_difference(path, facts["identity"], identity)
+            for number, trainee in enumerate(trainees):
+                names = [name for name in file.keys() if name.startswith(f"{number}.")]  # noqa: SIM118
+                trainee.load_state({name.partition(".")[2]: file.get_tensor(name) for name in names}, facts["running"][number])
+            stream.seek(facts["position"])
+            return facts["spent"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
+        raise HearsaeError(f"{path} is damaged ({error}): remove it to train from the start") from error
+
+
+def _to_json(data: Any) -> bytes:
+    return json.dumps(data, indent=1, default=str).encode()
+
+
+# Round about the loop
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise HearsaeError("--device cuda: PyTorch finds no GPU here")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+@contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _progress(config: TrainConfig, done: int) -> "tqdm[Any]":
+    shown = sys.stderr.isatty() and not config.quiet
+    return tqdm(total=config.rows // config.batch * config.batch, initial=done, unit="row", unit_scale=True, disable=not shown)
+
+
+def _log(out: Path, position: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # a second of imports, for training only
+
+    try:
+        return SummaryWriter(str(out / "tb"), purge_step=position or None)
+    except OSError as error:
+        raise HearsaeError(f"can't write {out}: {error.strerror or error}") from error
+
+
+def _passes(position: int, batch: int, every: int) -> bool:
+    """Whether the last batch reached or passed a multiple of `every`."""
+    return position // every > (position - batch) // every
