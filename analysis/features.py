@@ -1,0 +1,148 @@
+"""What is examined: one interface for the neurons of a site, the latents of an SAE, and a random basis to compare them with.
+
+A specification names the features: `neurons:SITE`, `sae:DIR`, `random:SITE`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cache.errors import HearsaeError
+from cache.model import fast_matmul
+from cache.store import ActivationStore
+from sae.models import Codes, Dictionary, load_dictionary
+
+KINDS = "neurons:SITE, sae:DIR or random:SITE"
+
+
+class Features(Protocol):
+    """Scalar functions of the rows of one site. Implementations can be pickled, so that workers need not open them again."""
+
+    @property
+    def spec(self) -> str:
+        """`neurons:SITE`, `sae:DIR` (DIR absolute) or `random:SITE`."""
+
+    @property
+    def site(self) -> str:
+        """The site whose rows are taken."""
+
+    @property
+    def count(self) -> int:
+        """How many features there are."""
+
+    def dense(self, rows: np.ndarray) -> np.ndarray:
+        """Stored rows [n, d] -> the value of every feature, float32 [n, count]."""
+
+    def sparse(self, rows: np.ndarray) -> Codes | None:
+        """The same as the nonzero values only; None where most values are nonzero, so that `dense` is the thing to use."""
+
+
+class Neurons:
+    """The units of a site: the stored values themselves."""
+
+    def __init__(self, site: str, width: int) -> None:
+        self.spec = f"neurons:{site}"
+        self.site = site
+        self.count = width
+
+    def dense(self, rows: np.ndarray) -> np.ndarray:
+        return torch.from_numpy(rows).float().contiguous().numpy()  # several times faster than numpy's conversion
+
+    def sparse(self, rows: np.ndarray) -> None:
+        return None
+
+
+class RandomBasis:
+    """The control: coordinates in a random orthogonal basis, (x - mean) @ Q. Whatever it shows too is no merit of neurons or latents.
+
+    Q is uniform over the orthogonal group: QR of a Gaussian matrix, signs fixed by R's diagonal (Mezzadri, math-ph/0609050). Rows are
+    centred because a site's mean may be far larger than its spread: uncentred, every direction would hold nearly the same sign throughout.
+    """
+
+    def __init__(self, site: str, mean: np.ndarray, seed: int) -> None:
+        """mean: float64 [d], of the site's rows."""
+        self.spec = f"random:{site}"
+        self.site = site
+        self.count = len(mean)
+        gaussian = np.random.Generator(np.random.PCG64(seed)).standard_normal((self.count, self.count))
+        q, r = np.linalg.qr(gaussian)
+        self.basis = (q * np.where(np.diag(r) < 0, -1.0, 1.0)).astype(np.float32)
+        self.mean = mean.astype(np.float32)
+
+    def dense(self, rows: np.ndarray) -> np.ndarray:
+        with _reproducible_matmul():
+            return (torch.from_numpy(rows.astype(np.float32) - self.mean) @ torch.from_numpy(self.basis)).numpy()
+
+    def sparse(self, rows: np.ndarray) -> None:
+        return None
+
+
+class SaeLatents:
+    """The latents of a trained dictionary, at inference."""
+
+    def __init__(self, spec: str, dictionary: Dictionary) -> None:
+        self.spec = spec
+        self.site = dictionary.config.site
+        self.count = dictionary.config.d_sae
+        self.dictionary = dictionary
+
+    @torch.no_grad()
+    def dense(self, rows: np.ndarray) -> np.ndarray:
+        with _reproducible_matmul():
+            return self.dictionary.encode(torch.from_numpy(rows.astype(np.float32))).numpy()
+
+    def sparse(self, rows: np.ndarray) -> Codes:
+        with _reproducible_matmul():
+            return self.dictionary.encode_sparse(torch.from_numpy(rows.astype(np.float32)))
+
+
+def open_features(spec: str, store: ActivationStore, seed: int = 0) -> Features:
+    """The features that `spec` names, over the rows of `store`.
+
+    seed: of the random basis.
+    Raises HearsaeError for a specification that can't be read, a site that the store does not have, and an SAE that was made for
+    another model, site or width.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "pca" and name:
+        raise HearsaeError(f"features '{spec}': PCA is not built yet; use {KINDS}")
+    if kind not in ("neurons", "sae", "random") or not name:
+        raise HearsaeError(f"features '{spec}' can't be read: use {KINDS}")
+    if kind == "sae":
+        return _open_sae(Path(name), store)
+    store.axis(name)  # refuses a site that is not there
+    if kind == "neurons":
+        return Neurons(name, store.sites[name]["width"])
+    return RandomBasis(name, store.stats(name).mean, seed)
+
+
+def _open_sae(folder: Path, store: ActivationStore) -> SaeLatents:
+    dictionary = load_dictionary(folder)
+    config = dictionary.config
+    if config.site not in store.sites:
+        raise HearsaeError(f"the SAE in {folder} is for site '{config.site}', which {store.path} lacks; it has: {', '.join(sorted(store.sites))}")
+    width, sha256 = store.sites[config.site]["width"], store.header.model["sha256"]
+    if config.d_in != width:
+        raise HearsaeError(f"the SAE in {folder} takes rows of width {config.d_in}, but {config.site} in {store.path} has width {width}")
+    if config.model_sha256 != sha256:
+        raise HearsaeError(
+            f"the SAE in {folder} was trained on model {config.model_sha256[:12] or 'unknown'}, but {store.path} holds model {sha256[:12]} "
+            f"({store.header.model['name']}): scan a store of its own model"
+        )
+    return SaeLatents(f"sae:{folder.absolute()}", dictionary.requires_grad_(False))
+
+
+@contextmanager
+def _reproducible_matmul() -> Iterator[None]:
+    """One thread, whatever the process was given: how a product is split over threads may change its last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with fast_matmul():
+            yield
+    finally:
+        torch.set_num_threads(threads)
