@@ -1,0 +1,1 @@
+"""The web page on which one sees and hears what drives each feature."""

@@ -1,0 +1,73 @@
+"use strict";
+// Which page is shown (#scan0, #scan0/feature/17), and the keys.
+(function () {
+  const { el, count } = hearsae;
+  const page = document.getElementById("page");
+  let scans = [], shown = null, turn = 0;
+
+  hearsae.scanTitle = (scan) => `${hearsae.capital(scan.noun)}s of ${scan.source ? `${scan.source}, ` : ""}${scan.site}`;
+
+  /** {scan, feature}: feature is null for the list. */
+  function route() {
+    const [name, kind, number] = decodeURIComponent(location.hash.slice(1)).split("/");
+    const scan = scans.find((one) => one.name === name) ?? scans[0];
+    return { scan, feature: kind === "feature" && /^\d+$/.test(number ?? "") ? Number(number) : null };
+  }
+
+  async function show() {
+    const mine = ++turn, { scan, feature } = route();
+    hearsae.stop();
+    hearsae.say("");
+    document.querySelectorAll("#scans a").forEach((link) => {
+      if (link.hash === `#${scan.name}`) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    });
+    // What is slow to arrive must not replace what was asked for after it.
+    const place = { replaceChildren: (...children) => { if (mine === turn) page.replaceChildren(...children); }, querySelectorAll: (which) => page.querySelectorAll(which) };
+    try {
+      if (feature === null) await hearsae.renderList(place, scan);
+      else await hearsae.renderFeature(place, scan, feature);
+      if (mine !== turn) return;
+      document.title = `${feature === null ? "" : `${hearsae.capital(scan.noun)} ${feature} · `}${hearsae.scanTitle(scan)} · hearsae`;
+      shown = { scan, feature };
+    } catch (error) {
+      if (mine === turn) page.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message));
+    }
+    document.documentElement.dataset.shown = location.hash;
+  }
+
+  async function step(by) {
+    if (!shown || shown.feature === null) return;
+    const view = await hearsae.listView(shown.scan.name);
+    const feature = hearsae.neighbour(view, view.list.feature.indexOf(shown.feature), by);
+    if (feature !== null) location.hash = `#${shown.scan.name}/feature/${feature}`;
+  }
+
+  function playSelected() {
+    const cards = [...page.querySelectorAll(".example")].filter((card) => card.hearsaePlay);
+    const card = cards.find((one) => one.classList.contains("selected")) ?? cards[0];
+    card?.hearsaePlay();
+  }
+
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const { target } = event;
+    if (target.closest("input[type=search]")) return;
+    if (event.key === "j") step(1);
+    else if (event.key === "k") step(-1);
+    else if (event.key === "/" && page.querySelector("input[type=search]")) page.querySelector("input[type=search]").focus();
+    else if (event.key === " " && shown?.feature !== null && !target.closest("button, a, input, label")) playSelected();
+    else return;
+    event.preventDefault();
+  });
+  window.addEventListener("hashchange", show);
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+    page.querySelectorAll(".example").forEach((card) => card.hearsaeDraw());
+  });
+
+  hearsae.load("index").then((index) => {
+    scans = index.scans;
+    document.getElementById("scans").append(...scans.map((scan) => el("a", { href: `#${scan.name}` }, hearsae.scanTitle(scan), " ", el("small", {}, count(scan.count)))));
+    return show();
+  }).catch((error) => page.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message)));
+})();

@@ -1,0 +1,112 @@
+"use strict";
+// One example: spectrogram and activation trace over the same span, its words, its sound.
+(function () {
+  const { el, number } = hearsae;
+  const SPECTROGRAM_SHARE = 0.62;
+  const isDark = window.matchMedia("(prefers-color-scheme: dark)");
+
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  const seconds = (s) => s < 60 ? `${s.toFixed(2)} s` : `${Math.floor(s / 60)}:${(s % 60).toFixed(2).padStart(5, "0")}`;
+
+  // Drawing waits until a card comes near the window.
+  const near = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      near.unobserve(entry.target);
+      entry.target.hearsaeDraw();
+    }
+  }, { rootMargin: "300px" });
+
+  /**
+   * A card. example: {value, clip, frame, first, stop, values: [width], text}; view: {scan, clips, scale: [lo, hi], options}.
+   * view.options.lift and .common are read when they matter, so that a switch needs no new cards.
+   */
+  hearsae.exampleCard = (example, view) => {
+    const { scan, clips } = view, { clip } = example;
+    const onFrames = scan.axis === "frame";
+    const width = example.values.length;
+    const start = (example.frame - scan.context) * scan.frame_s;
+    const span = { start, end: start + width * scan.frame_s, peak: (example.frame + 0.5) * scan.frame_s };
+    const source = clips.source[clip] ?? "", silent = onFrames ? clips.silent[clip] : null;
+    const where = onFrames ? seconds(clips.start_s[clip] + example.frame * scan.frame_s) : `token ${example.frame}`;
+
+    const canvas = el("canvas", { class: onFrames ? "" : "short" });
+    const cursor = el("span", { class: "cursor" });
+    const name = `value ${number(example.value)}, ${where}${source ? `, ${fileName(source)}` : ""}`;
+    const box = onFrames && !silent
+      ? el("button", { type: "button", class: "player", "aria-label": `Play example: ${name}`, onclick: toggle }, canvas, cursor, el("span", { class: "sign", "aria-hidden": "true" }))
+      : el("div", { class: "player", role: "img", "aria-label": `Example: ${name}` }, canvas);
+    const note = el("p", { class: "note", hidden: true });
+    if (silent) tell(`No audio: ${silent}`);
+    const card = el("figure", { class: "example" }, box,
+      el("figcaption", {},
+        el("p", { class: "facts" }, el("b", {}, number(example.value)), el("span", {}, where), clips.speaker[clip] === null ? null : el("span", { dir: "auto" }, clips.speaker[clip])),
+        el("p", { class: "words", dir: "auto", title: example.text }, example.text ?? ""),
+        el("p", { class: "source", dir: "auto", title: source }, fileName(source)),
+        note));
+    canvas.hearsaeDraw = draw;
+    near.observe(canvas);
+    card.hearsaePlay = silent || !onFrames ? null : () => { box.focus({ preventScroll: true }); toggle(); };
+    card.hearsaeDraw = () => { if (drawn) draw(); };
+    let drawn = false, levels = null, isPlaying = false;
+    return card;
+
+    function tell(text) {
+      note.textContent = text;
+      note.hidden = false;
+    }
+
+    async function draw() {
+      drawn = true;
+      paint();
+      if (levels || silent || !onFrames) return;
+      try {
+        const audio = await hearsae.clipAudio(clip);
+        levels = hearsae.melSpectrogram(audio.getChannelData(0), audio.sampleRate, span.start, span.end - span.start);
+        paint();
+      } catch (error) {
+        tell(`No audio: ${error.message}`);
+      }
+    }
+
+    function paint() {
+      const ratio = Math.min(2, window.devicePixelRatio || 1);
+      const w = canvas.width = Math.round(canvas.clientWidth * ratio), h = canvas.height = Math.round(canvas.clientHeight * ratio);
+      const split = onFrames ? Math.round(h * SPECTROGRAM_SHARE) : 0, gap = 3 * ratio;
+      const context = canvas.getContext("2d");
+      if (levels) hearsae.drawSpectrogram(context, { x: 0, y: 0, width: w, height: split }, levels, isDark.matches);
+      const [lo, hi] = view.options.common ? view.scale : [Math.min(0, example.lo), example.hi];
+      const inside = Array.from(example.values, (value, i) => i >= example.first && i < example.stop ? value : null);
+      // The peak's frame is the middle one.
+      context.fillStyle = colour("--peak");
+      context.globalAlpha = 0.55;
+      context.fillRect(w / 2 - ratio / 2, 0, ratio, h);
+      context.globalAlpha = 1;
+      hearsae.drawTrace(context, { x: 0, y: split + gap, width: w, height: h - split - gap }, inside, lo, hi, colour("--trace"));
+    }
+
+    async function toggle() {
+      document.querySelector(".example.selected")?.classList.remove("selected");
+      card.classList.add("selected");
+      if (isPlaying) return hearsae.stop();
+      isPlaying = true;
+      card.classList.add("playing");
+      try {
+        await hearsae.play(clip, span, view.options.lift, (at) => {
+          cursor.style.left = `${100 * (at - span.start) / (span.end - span.start)}%`;
+        }, ended);
+      } catch (error) {
+        ended();
+        tell(`No audio: ${error.message}`);
+      }
+    }
+
+    function ended() {
+      isPlaying = false;
+      card.classList.remove("playing");
+    }
+  };
+
+  const fileName = (source) => source.split(/[\\/]/).pop();
+})();

@@ -1,0 +1,437 @@
+"""`export`: one or more scans as a folder of static files, a page that works from the file system and from any web server.
+
+index.html         the page; its looks and its code are in assets/
+explorer.json      says that the folder is ours, and what it was made of
+data/index.js      the scans
+data/clips.js      the clips that examples refer to
+data/scan0/list.js one row a feature, for the list
+data/scan0/block0.js ...  the histograms, examples and traces of 16 features
+data/audio/0.js ...       one clip's audio
+"""
+
+import base64
+import io
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import soundfile
+
+from analysis.explorer.datafiles import histogram, numbers, pack, sparkline, write_data
+from analysis.explorer.traces import Traces, cut_traces
+from analysis.features import open_features
+from analysis.scan_folder import EXAMPLES, Scan
+from cache.audio import Source, load_clip, reopen_source
+from cache.errors import HearsaeError, SourceError
+from cache.header import SAMPLE_RATE
+from cache.store import ActivationStore
+
+FORMAT = 1
+MARKER = "explorer.json"
+STAGING = ".export-"
+FEATURES_PER_BLOCK = 16
+LIST_TEXT_CHARACTERS = 160
+TOKEN_CONTEXT = 16
+LONGEST_CONTEXT_S = 30.0
+"""Whisper's window."""
+KINDS = ("top", "range", "quantile")
+NOUNS = {"neurons": "neuron", "sae": "latent", "random": "direction"}
+AUDIO = {"vorbis": ("OGG", "VORBIS"), "flac": ("FLAC", "PCM_16")}
+"""Chromium decodes both with the time axis exactly in place. FLAC is exact and three times as large."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, done, in all)."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One scan on its way into the page, restricted to the features asked for."""
+
+    name: str
+    """`scan0`, ..."""
+    scan: Scan
+    store: ActivationStore
+    table: pa.Table
+    """Of features, in ascending order."""
+    examples: pa.Table
+    context: int
+    """Frames or tokens to either side of a peak."""
+
+
+def export(
+    scans: Sequence[str | Path],
+    out: str | Path,
+    *,
+    features: str | None = None,
+    audio: str = "vorbis",
+    context_s: float = 1.0,
+    store: str | Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes the page of one or more scans to `out`, a new or empty folder or one of an earlier export, which it replaces.
+
+    features: numbers and ranges such as `0-99,512`; None takes all.
+    audio: `vorbis`, `flac` (exact), or `none`.
+    context_s: seconds to either side of a peak that are shown and played.
+    store: where the scans' activation store is now, if it moved.
+
+    Returns `out`, `index`, `scans`, `features`, `examples`, `clips`, `clips_without_audio`, `bytes`, `seconds`.
+    Raises HearsaeError where a scan or its store is missing or does not fit, where `out` holds other things, can't be written or is full.
+    """
+    began = time.monotonic()
+    out = Path(out)
+    progress = progress or (lambda what, done, total: None)
+    if not scans:
+        raise HearsaeError("name at least one scan folder to explore")
+    if audio not in (*AUDIO, "none"):
+        raise HearsaeError(f"audio can be {', '.join(AUDIO)} or none, not '{audio}'")
+    if not 0 < context_s <= LONGEST_CONTEXT_S:
+        raise HearsaeError(f"a context of {context_s:g} s is not between 0 and {LONGEST_CONTEXT_S:g} s")
+    stores: dict[str, ActivationStore] = {}
+    parts = [_open_part(f"scan{i}", Scan.open(folder), stores, store, features, context_s) for i, folder in enumerate(scans)]
+    clips = _Clips(parts)
+    with _staging(out) as staging:
+        data = staging / "data"
+        for part in parts:
+            traces = _cut(part, progress)
+            _write_list(data, part)
+            _write_blocks(data, part, traces, clips)
+        missing = _write_clips(data, parts, clips, audio, progress)
+        write_data(data, "index", {"format": FORMAT, "scans": [_summary(part) for part in parts]})
+        made_of = {
+            "format": FORMAT,
+            "hearsae": _version(),
+            "scans": [str(part.scan.path) for part in parts],
+            "features": features,
+            "audio": audio,
+            "context_s": context_s,
+        }
+        (staging / MARKER).write_text(json.dumps(made_of, indent=1) + "\n", encoding="utf-8")
+        _copy_assets(staging)
+        size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    return {
+        "out": str(out),
+        "index": str(out / "index.html"),
+        "scans": len(parts),
+        "features": sum(part.table.num_rows for part in parts),
+        "examples": sum(part.examples.num_rows for part in parts),
+        "clips": len(clips),
+        "clips_without_audio": missing,
+        "bytes": size,
+        "seconds": round(time.monotonic() - began, 2),
+    }
+
+
+def parse_features(wanted: str | None, count: int) -> np.ndarray:
+    """`0-99,512` -> sorted feature numbers, int64; None -> all of them. Raises HearsaeError for what is no number or none of `count` features."""
+    if wanted is None:
+        return np.arange(count)
+    chosen: set[int] = set()
+    for piece in wanted.split(","):
+        first, dash, last = (number.strip() for number in piece.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise HearsaeError(f"'{wanted}' names no features: write numbers and ranges, such as 0-99,512")
+        low, high = int(first), int(last if dash else first)
+        if not low <= high < count:
+            raise HearsaeError(f"there is no feature {piece.strip()}: this scan has features 0 to {count - 1}")
+        chosen.update(range(low, high + 1))
+    return np.array(sorted(chosen))
+
+
+# What goes in
+
+
+def _open_part(name: str, scan: Scan, stores: dict[str, ActivationStore], moved_to: str | Path | None, wanted: str | None, context_s: float) -> _Part:
+    info = scan.info
+    path = str(Path(moved_to if moved_to is not None else info["store"]).absolute())
+    if path not in stores:
+        if not Path(path).is_dir():
+            moved = "there" if moved_to is not None else "there any more: say with --store where it is now"
+            raise HearsaeError(f"the activation store {path} of the scan {scan.path} is not {moved}")
+        stores[path] = ActivationStore.open(path)
+    store = stores[path]
+    if store.header.model["sha256"] != info["model"]["sha256"] or info["site"] not in store.sites:
+        raise HearsaeError(f"{path} is not the store of the scan {scan.path}: it was made with another model, or has no site {info['site']}")
+    numbers_ = pa.array(parse_features(wanted, info["count"]), pa.int32())
+    table = scan.features.filter(pc.is_in(scan.features["feature"], numbers_)).combine_chunks()
+    examples = _examples(scan)
+    examples = examples.filter(pc.is_in(examples["feature"], numbers_)).combine_chunks()
+    clip = examples["clip"].to_numpy()
+    if len(clip) and not 0 <= clip.min() <= clip.max() < store.clips.num_rows:
+        raise HearsaeError(f"{path} is not the store of the scan {scan.path}: the scan names clips that it does not have")
+    context = round(context_s / store.header.frame_seconds) if info["axis"] == "frame" else TOKEN_CONTEXT
+    return _Part(name, scan, store, table, examples, max(1, context))
+
+
+def _examples(scan: Scan) -> pa.Table:
+    """All of them at once: `Scan.examples` reads a feature's, and would decode each row group for every feature in it."""
+    try:
+        return pq.read_table(scan.path / EXAMPLES, read_dictionary=["kind", "text"])
+    except (OSError, pa.ArrowException) as error:
+        raise HearsaeError(f"{scan.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
+
+
+class _Clips:
+    """The clips that any example refers to, numbered through over all stores."""
+
+    def __init__(self, parts: Sequence[_Part]) -> None:
+        self.parts = parts
+        self.stores = list({id(part.store): part.store for part in parts}.values())
+        self.of_store = [self._used(store, "frame", "token") for store in self.stores]
+        """int64, ascending."""
+        self.first = np.cumsum([0, *map(len, self.of_store)])
+        """The page's number of each store's first clip."""
+
+    def _used(self, store: ActivationStore, *axes: str) -> np.ndarray:
+        used = [part.examples["clip"].to_numpy() for part in self.parts if part.store is store and part.scan.info["axis"] in axes]
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *used]))
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def numbers(self, store: ActivationStore, clips: np.ndarray) -> np.ndarray:
+        """The page's numbers of a store's clips."""
+        which = next(i for i, one in enumerate(self.stores) if one is store)
+        return self.first[which] + np.searchsorted(self.of_store[which], clips)
+
+    def heard(self) -> list[tuple[int, ActivationStore, int, Source | None]]:
+        """Number, store, clip and source of the clips that are played: those with examples on the frame axis."""
+        found: list[tuple[int, ActivationStore, int, Source | None]] = []
+        for store in self.stores:
+            clips = self._used(store, "frame")
+            try:
+                source = reopen_source(store.header.dataset)
+            except SourceError:
+                source = None  # `load_clip` says why, clip by clip
+            found += zip(self.numbers(store, clips).tolist(), repeat(store), clips.tolist(), repeat(source))
+        return found
+
+
+def _cut(part: _Part, progress: Progress) -> Traces:
+    what = f"traces of {part.scan.info['features']}"
+    features = open_features(part.scan.info["features"], part.store, seed=part.scan.info["options"]["seed"])
+    feature, clip, position, value = (part.examples[name].to_numpy() for name in ("feature", "clip", "frame", "value"))
+    report = partial(progress, what)
+    return cut_traces(part.store, features, feature, clip, position, value, part.context, report)
+
+
+# What comes out
+
+
+def _summary(part: _Part) -> dict[str, Any]:
+    info = part.scan.info
+    kind, _, rest = info["features"].partition(":")
+    noun = NOUNS.get(kind, "feature")
+    return {
+        "name": part.name,
+        "noun": noun,
+        "source": Path(rest).name if kind == "sae" else "",
+        "site": info["site"],
+        "axis": info["axis"],
+        "model": Path(str(info["model"].get("name"))).name,
+        "store": part.store.path.name,
+        "count": info["count"],
+        "rows": info["rows"],
+        "frame_s": part.store.header.frame_seconds,
+        "context": part.context,
+        "block": FEATURES_PER_BLOCK,
+    }
+
+
+def _write_list(data: Path, part: _Part) -> None:
+    """The list's rows, column by column: 12,288 features make a file of about 2 MB."""
+    table = part.table
+    best = _strongest_texts(part)
+    texts = {text: i for i, text in enumerate(dict.fromkeys(text for text in best if text))}
+    value = {
+        "feature": table["feature"].to_pylist(),
+        "spark": [sparkline(*fine) for fine in _fine_histograms(table)],
+        "text": [texts.get(text, -1) for text in best],
+        "texts": [text if len(text) <= LIST_TEXT_CHARACTERS else text[:LIST_TEXT_CHARACTERS] + "…" for text in texts],
+    }
+    for name in ("density", "max", "mean_active"):
+        value[name] = numbers(table[name].to_pylist(), 4)
+    write_data(data, f"{part.name}/list", value)
+
+
+def _strongest_texts(part: _Part) -> list[str]:
+    examples = part.examples
+    strongest = examples.filter(pc.and_(pc.equal(examples["kind"], "top"), pc.equal(examples["rank"], 0)))
+    by_feature = dict(zip(strongest["feature"].to_pylist(), strongest["text"].to_pylist(), strict=True))
+    return [by_feature.get(feature) or "" for feature in part.table["feature"].to_pylist()]
+
+
+def _fine_histograms(table: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    for row in range(table.num_rows):
+        yield tuple(np.asarray(table[name][row].as_py() or [], np.float64) for name in ("hist_lo", "hist_hi", "hist_count"))  # type: ignore[misc]
+
+
+def _write_blocks(data: Path, part: _Part, traces: Traces, clips: _Clips) -> None:
+    feature = part.examples["feature"].to_numpy()
+    for block in range(-(-part.table.num_rows // FEATURES_PER_BLOCK)):
+        table = part.table.slice(block * FEATURES_PER_BLOCK, FEATURES_PER_BLOCK)
+        shown = table["feature"].to_numpy()
+        starts = np.searchsorted(feature, shown)
+        first, stop = int(starts[0]), int(np.searchsorted(feature, shown[-1], side="right"))
+        value = {
+            "starts": [int(start) - first for start in starts] + [stop - first],
+            "features": [_feature(row, fine) for row, fine in zip(table.to_pylist(), _fine_histograms(table), strict=True)],
+            "examples": _pack_examples(part, traces, clips, slice(first, stop)),
+            "texts": _own_texts(part, first, stop),
+        }
+        write_data(data, f"{part.name}/block{block}", value)
+
+
+def _feature(row: dict[str, Any], fine: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Any]:
+    lo, step, counts = histogram(*fine)
+    names = ("rows", "active", "density", "mean", "std", "mean_active", "max", "min")
+    return dict(zip(names, numbers([row[name] for name in names]), strict=True)) | {
+        "rows": row["rows"],
+        "active": row["active"],
+        "histogram": {"lo": lo, "step": step, "counts": counts.tolist()},
+        "range_edges": numbers(row["range_edges"] or []),
+        "quantile_edges": numbers(row["quantile_edges"] or []),
+    }
+
+
+def _pack_examples(part: _Part, traces: Traces, clips: _Clips, where: slice) -> str:
+    """The columns that `assets/feature.js: unpackExamples` reads, in its order."""
+    examples = part.examples.slice(where.start, where.stop - where.start)
+    kind = pc.index_in(examples["kind"].cast(pa.string()), pa.array(KINDS)).to_numpy()
+    return pack(
+        [
+            examples["value"].to_numpy().astype(np.float32),
+            traces.lo[where],
+            traces.hi[where],
+            clips.numbers(part.store, examples["clip"].to_numpy()).astype(np.uint32),
+            examples["frame"].to_numpy().astype(np.uint32),
+            traces.first[where],
+            traces.stop[where],
+            examples["bin"].to_numpy().astype(np.uint16),
+            kind.astype(np.uint8),
+            traces.levels[where],
+        ]
+    )
+
+
+def _own_texts(part: _Part, first: int, stop: int) -> dict[str, str | None]:
+    """The texts of examples that are not their clip's: row in the block -> text."""
+    examples = part.examples.slice(first, stop - first)
+    of_clips = _texts(part.store).take(examples["clip"]).to_pylist()
+    texts = examples["text"].to_pylist()
+    return {str(row): text for row, (text, of_clip) in enumerate(zip(texts, of_clips, strict=True)) if text != of_clip}
+
+
+def _texts(store: ActivationStore) -> pa.ChunkedArray:
+    return pc.coalesce(store.clips["text"], store.clips["source_text"])
+
+
+def _write_clips(data: Path, parts: Sequence[_Part], clips: _Clips, audio: str, progress: Progress) -> int:
+    """Writes the clips' audio and the table of clips. Returns how many clips that should be heard can't be."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("source", "speaker", "start_s", "text", "silent")}
+    for store, numbers_ in zip(clips.stores, clips.of_store, strict=True):
+        table = store.clips.take(numbers_)
+        for name in ("source", "speaker", "start_s"):
+            columns[name] += table[name].to_pylist()
+        columns["text"] += _texts(store).take(numbers_).to_pylist()
+    columns["silent"] = ["this page was made without audio"] * len(clips)
+    heard = clips.heard() if audio != "none" else []
+    for done, (number, store, clip, source) in enumerate(heard):
+        columns["silent"][number] = _write_audio(data, number, store, clip, source, audio)
+        progress("audio", done + 1, len(heard))
+    write_data(data, "clips", columns)
+    return sum(columns["silent"][number] is not None for number, *_ in heard)
+
+
+def _write_audio(data: Path, number: int, store: ActivationStore, clip: int, source: Source | None, audio: str) -> str | None:
+    """Writes one clip's audio. Returns why that was not possible, if so."""
+    try:
+        write_data(data, f"audio/{number}", _encode(load_clip(store, clip, source), audio))
+    except SourceError as error:
+        return str(error)
+    return None
+
+
+def _encode(samples: np.ndarray, audio: str) -> str:
+    file = io.BytesIO()
+    container, codec = AUDIO[audio]
+    soundfile.write(file, np.clip(samples, -1, 1), SAMPLE_RATE, format=container, subtype=codec)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _copy_assets(staging: Path) -> None:
+    (staging / "assets").mkdir()
+    for asset in resources.files("analysis.explorer").iterdir():
+        if asset.name.endswith((".js", ".css")):
+            (staging / "assets" / asset.name).write_bytes(asset.read_bytes())
+        elif asset.name.endswith(".html"):
+            (staging / asset.name).write_bytes(asset.read_bytes())
+
+
+def _version() -> str:
+    try:
+        return version("hearsae")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+# The folder
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder inside `out` whose contents take the place of an earlier export when all is written; until then that one stays as it is."""
+    staging = out / f"{STAGING}{uuid.uuid4().hex}"
+    try:
+        _refuse_foreign(out)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            _publish(staging, out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise HearsaeError(f"can't write the page to {out}: {error.strerror or error}") from error
+
+
+def _refuse_foreign(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise HearsaeError(f"{out} is not a folder: choose another --out")
+    entries = [entry for entry in out.iterdir() if not entry.name.startswith(STAGING)]
+    if not entries:
+        return
+    try:
+        ours = "hearsae" in json.loads((out / MARKER).read_bytes())
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise HearsaeError(f"{out} holds other things and no page of ours: choose an empty or new folder")
+
+
+def _publish(staging: Path, out: Path) -> None:
+    """Puts the new files in place, `index.html` last: while it is there, all that it needs is."""
+    (out / "index.html").unlink(missing_ok=True)
+    for name in (MARKER, "assets", "data", "index.html"):
+        place = out / name
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        (staging / name).replace(place)
+    for stale in out.glob(f"{STAGING}*"):
+        if stale != staging:
+            shutil.rmtree(stale, ignore_errors=True)
