@@ -103,7 +103,6 @@ def check_fits(dictionary: Dictionary, store: ActivationStore, site: str | None 
         raise HearsaeError(f"this SAE takes rows of width {config.d_in}; {site} in {store.path} has width {width}")
     theirs = store.header.model["sha256"]
     if config.model_sha256 and theirs != config.model_sha256 and not any_model:
-        raise HearsaeError(
-            f"{store.path} holds activations of another model ({store.header.model.get('name')}, {theirs[:12]}) than this SAE was trained on ({config.model_sha256[:12]})"
-        )
+        name = f"{store.header.model.get('name')}, {theirs[:12]}"
+        raise HearsaeError(f"{store.path} holds activations of another model ({name}) than this SAE was trained on ({config.model_sha256[:12]})")
     return site

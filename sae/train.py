@@ -17,16 +17,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from cache.errors import HearsaeError
 from cache.model import fast_matmul
 from cache.store import ActivationStore, put
+from sae.checkpoint import Checkpoint, State, load_checkpoint, refuse_difference, save_checkpoint
 from sae.models import Dictionary, SaeConfig
 from sae.sparse import SparseRows, autoencode, select_above, select_batch_topk, select_topk
 from sae.stream import RowStream
@@ -34,8 +33,8 @@ from sae.stream import RowStream
 CHECKPOINT = "checkpoint.safetensors"
 RESULT = "train.json"
 LOG_EVERY_ROWS = 50_000
-RUNNING_DECAY = 0.98
-"""Of the running means of threshold, FVU and L0: they follow about the last 50 batches."""
+RUNNING_DECAY = 0.9
+"""Of the running means of threshold, FVU and L0: they follow about the last ten batches."""
 HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "quiet")
 """Settings that may differ when a run is continued; that the stores hold the same rows is checked by `RowStream.fingerprint`."""
 
@@ -121,54 +120,54 @@ def train(config: TrainConfig, stores: Sequence[ActivationStore] | None = None) 
     _check(config)
     device = _device(config.device)
     stores = [ActivationStore.open(path) for path in config.store] if stores is None else stores
-    with _threads(config.threads), fast_matmul(), RowStream(
-        stores, config.site, config.batch, config.stream_seed, buffer_bytes=config.buffer_mib << 20
-    ) as stream:  # fmt: skip
-        identity = _identity(config, stream)
-        if (config.out / RESULT).exists():
-            return _finished(config.out / RESULT, identity)
-        stats = {site: stream.stats(site) for site in config.site}
-        scale = {site: math.sqrt(stores[0].sites[site]["width"] / (stats[site].mean_sq_dist or 1.0)) for site in config.site}
-        centre = {site: torch.from_numpy(stats[site].mean).float().to(device) for site in config.site}
-        trainees = [Trainee(sae, config, device) for sae in _grid(config, stores)]
-        folders = _folders(config.out, [trainee.sae.config for trainee in trainees])
-        buffer = torch.empty(config.batch * max(config.d_sae), device=device)
-        steps = config.rows // config.batch
-        earlier = _load_checkpoint(config.out / CHECKPOINT, identity, trainees, stream)
-        started = time.perf_counter()
+    stream = RowStream(stores, config.site, config.batch, config.stream_seed, buffer_bytes=config.buffer_mib << 20)
+    identity = _identity(config, stream)
+    if (config.out / RESULT).exists():
+        return _read_results(config.out / RESULT, identity)
 
-        with _progress(config, stream.position) as bar, _log(config.out, stream.position) as log:
-            for step in range(stream.position // config.batch, steps):
-                rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
-                rate = learning_rate_factor(step, steps, config.warmup, config.decay)
-                for trainee in trainees:
-                    trainee.step(rows[trainee.sae.config.site], rate, buffer)
+    stats = {site: stream.stats(site) for site in config.site}
+    centre = {site: torch.from_numpy(stats[site].mean).float().to(device) for site in config.site}
+    scale = {site: math.sqrt(len(centre[site]) / (stats[site].mean_sq_dist or 1.0)) for site in config.site}
+    trainees = [Trainee(sae, config, device) for sae in _grid(config, stores)]
+    folders = _folders(config.out, [trainee.sae.config for trainee in trainees])
+    buffer = torch.empty(config.batch * max(config.d_sae), device=device)
+    steps = config.rows // config.batch
 
-                bar.update(config.batch)
-                if _passes(stream.position, config.batch, LOG_EVERY_ROWS) or step + 1 == steps:
-                    bar.set_postfix(fvu=f"{trainees[0].mean('fvu'):.3f}")
-                    for folder, trainee in zip(folders, trainees, strict=True):
-                        for name, value in trainee.scalars(rate).items():
-                            log.add_scalar(f"{folder.name}/{name}" if len(trainees) > 1 else name, value, stream.position)
-                    log.add_scalar("rows_per_s", bar.n / (time.perf_counter() - started), stream.position)
-                if _passes(stream.position, config.batch, config.checkpoint_every) and step + 1 < steps:
-                    spent = {"seconds": earlier["seconds"] + time.perf_counter() - started, "wait": earlier["wait"] + stream.wait_seconds}
-                    _save_checkpoint(config.out / CHECKPOINT, identity, trainees, stream, spent)
+    earlier = load_checkpoint(config.out / CHECKPOINT, identity) or Checkpoint(0, 0.0, 0.0, ())
+    for trainee, state in zip(trainees, earlier.states, strict=False):
+        trainee.load_state(state)
+    stream.seek(earlier.position)
+    started = time.perf_counter()
 
-        seconds = earlier["seconds"] + time.perf_counter() - started
-        waited = earlier["wait"] + stream.wait_seconds
-        results = []
-        for folder, trainee in zip(folders, trainees, strict=True):
-            sae = trainee.finished(stream.position)
-            sae.folded(stats[sae.config.site].mean, scale[sae.config.site]).save(folder)
-            rates = {"rows": stream.position, "seconds": seconds, "rows_per_s": stream.position / seconds, "wait_fraction": waited / seconds}
-            kind = {name: getattr(sae.config, name) for name in ("site", "arch", "d_sae", "k", "seed")}
-            results.append(
-                RunResult(str(folder), **kind, **rates, fvu=trainee.mean("fvu"), l0=trainee.mean("l0"), dead_fraction=trainee.dead_fraction)
-            )
-        put(config.out / RESULT, _to_json({"identity": identity, "config": asdict(config), "runs": [result._asdict() for result in results]}))
-        (config.out / CHECKPOINT).unlink(missing_ok=True)
-        return results
+    def now() -> Checkpoint:
+        seconds, waited = earlier.seconds + time.perf_counter() - started, earlier.waited + stream.wait_seconds
+        return Checkpoint(stream.position, seconds, waited, [trainee.state() for trainee in trainees])
+
+    with _threads(config.threads), fast_matmul(), stream, _progress(config, earlier.position) as bar, _log(config.out, earlier.position) as log:
+        for step in range(earlier.position // config.batch, steps):
+            rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
+            rate = learning_rate_factor(step, steps, config.warmup, config.decay)
+            for trainee in trainees:
+                trainee.step(rows[trainee.sae.config.site], rate, buffer)
+
+            bar.update(config.batch)
+            last = step + 1 == steps
+            if last or _passes(stream.position, config.batch, LOG_EVERY_ROWS):
+                bar.set_postfix(fvu=f"{trainees[0].mean('fvu'):.3f}")
+                log.add_scalar("rows_per_s", (stream.position - earlier.position) / (time.perf_counter() - started), stream.position)
+                for folder, trainee in zip(folders, trainees, strict=True):
+                    for name, value in trainee.scalars(rate).items():
+                        log.add_scalar(f"{folder.name}/{name}" if len(trainees) > 1 else name, value, stream.position)
+            if not last and _passes(stream.position, config.batch, config.checkpoint_every):
+                save_checkpoint(config.out / CHECKPOINT, identity, now())
+
+    for folder, trainee in zip(folders, trainees, strict=True):
+        site = trainee.sae.config.site
+        trainee.dictionary(rows=stream.position).folded(stats[site].mean, scale[site]).save(folder)
+    results = [_result(folder, trainee, now()) for folder, trainee in zip(folders, trainees, strict=True)]
+    put(config.out / RESULT, _to_json({"identity": identity, "config": asdict(config), "runs": [result._asdict() for result in results]}))
+    (config.out / CHECKPOINT).unlink(missing_ok=True)
+    return results
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -216,7 +215,7 @@ class Trainee:
         self.optimizer.step()
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-        self._count(codes, len(x), float(fvu), float(aux))
+        self._count(codes, len(x), fvu.item(), aux.item())
         return loss.item()
 
     def _forward(self, x: Tensor, buffer: Tensor) -> tuple[Tensor, SparseRows, Tensor]:
@@ -272,27 +271,27 @@ class Trainee:
         """What is logged."""
         return {name: self.mean(name) for name in ("fvu", "l0", "aux_loss")} | {"dead": self.dead_fraction, "lr": self.lr * rate}
 
-    @torch.no_grad()
-    def finished(self, rows: int) -> Dictionary:
-        """The dictionary, for centred and scaled rows, with the inference threshold of BatchTopK (2412.06410, section 3) set."""
+    def dictionary(self, rows: int) -> Dictionary:
+        """What was learnt from so many rows, for centred and scaled rows, with the inference threshold of BatchTopK (2412.06410)."""
         if self.sae.config.arch == "batchtopk":
             self.sae.threshold.fill_(self.mean("threshold"))
         self.sae.config = replace(self.sae.config, rows=rows)
         return self.sae
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Everything that the next step depends on: (tensors, running means)."""
+    def state(self) -> State:
+        """Everything that the next step depends on."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()} | {"rows_since_fired": self.rows_since_fired}
         for number, of_parameter in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in of_parameter.items()}
-        return tensors, self.running
+        return State(tensors, self.running)
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], running: dict[str, float]) -> None:
+    def load_state(self, state: State) -> None:
         """Takes up what `state` gave."""
+        tensors = state.tensors
         self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
         self.rows_since_fired.copy_(tensors["rows_since_fired"])
-        self.running = dict(running)
+        self.running = dict(state.running)
         for number, parameter in enumerate(self.sae.parameters()):
             # The moments lie in memory as their parameter does, which the fused step relies on.
             moments = {name: torch.zeros_like(parameter).copy_(tensors[f"optimizer.{number}.{name}"]) for name in ("exp_avg", "exp_avg_sq")}
@@ -346,7 +345,7 @@ def _check(config: TrainConfig) -> None:
             raise HearsaeError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative or no number")
 
 
-# Going on where a run was left
+# Settings, results
 
 
 def _identity(config: TrainConfig, stream: RowStream) -> dict[str, Any]:
@@ -355,47 +354,33 @@ def _identity(config: TrainConfig, stream: RowStream) -> dict[str, Any]:
     return json.loads(_to_json(settings | {"stored rows": stream.fingerprint()}))
 
 
-def _refuse_difference(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
-    for name in have | want:
-        if have.get(name) != want.get(name):
-            raise HearsaeError(f"{path} is of another run: {name} is {have.get(name)} there and {want.get(name)} here; use another --out")
+def _result(folder: Path, trainee: Trainee, end: Checkpoint) -> RunResult:
+    sae = trainee.sae.config
+    return RunResult(
+        dir=str(folder),
+        site=sae.site,
+        arch=sae.arch,
+        d_sae=sae.d_sae,
+        k=sae.k,
+        seed=sae.seed,
+        rows=end.position,
+        seconds=end.seconds,
+        rows_per_s=end.position / end.seconds,
+        wait_fraction=end.waited / end.seconds,
+        fvu=trainee.mean("fvu"),
+        l0=trainee.mean("l0"),
+        dead_fraction=trainee.dead_fraction,
+    )
 
 
-def _finished(path: Path, identity: dict[str, Any]) -> list[RunResult]:
+def _read_results(path: Path, identity: dict[str, Any]) -> list[RunResult]:
     try:
         data = json.loads(path.read_bytes())
         have, results = data["identity"], [RunResult(**run) for run in data["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HearsaeError(f"{path} is damaged ({error}): remove it to train again") from error
-    _refuse_difference(path, have, identity)
+    refuse_difference(path, have, identity)
     return results
-
-
-def _save_checkpoint(path: Path, identity: dict[str, Any], trainees: Sequence[Trainee], stream: RowStream, spent: dict[str, float]) -> None:
-    tensors, running = {}, []
-    for number, trainee in enumerate(trainees):
-        state, means = trainee.state()
-        tensors |= {f"{number}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
-        running.append(means)
-    facts = {"identity": identity, "position": stream.position, "running": running, "spent": spent}
-    put(path, safetensors.torch.save(tensors, metadata={"hearsae": json.dumps(facts)}))
-
-
-def _load_checkpoint(path: Path, identity: dict[str, Any], trainees: Sequence[Trainee], stream: RowStream) -> dict[str, float]:
-    """Takes up the checkpoint, if there is one. Returns the seconds spent and waited before it."""
-    if not path.exists():
-        return {"seconds": 0.0, "wait": 0.0}
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["hearsae"])
-            _refuse_difference(path, facts["identity"], identity)
-            for number, trainee in enumerate(trainees):
-                names = [name for name in file.keys() if name.startswith(f"{number}.")]  # noqa: SIM118
-                trainee.load_state({name.partition(".")[2]: file.get_tensor(name) for name in names}, facts["running"][number])
-            stream.seek(facts["position"])
-            return facts["spent"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
-        raise HearsaeError(f"{path} is damaged ({error}): remove it to train from the start") from error
 
 
 def _to_json(data: Any) -> bytes:

@@ -1,0 +1,201 @@
+"""The row stream: every valid row once an epoch, in an order that the seed alone fixes."""
+
+import time
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import fill_store, plan_of
+
+from cache.errors import HearsaeError
+from cache.store import ActivationStore
+from sae.stream import RowStream
+
+SITE, OTHER = "encoder.blocks.0", "encoder.blocks.0.mlp.1"
+SECONDS = [1.0, 2.37, 0.01, 3.3, 11.0, 5.5, 2.0, 7.7, 4.0, 6.1]
+WIDTHS = {SITE: 8, OTHER: 16}
+CHUNK_BYTES = 64 * (8 + 16) * 2
+TOTAL = sum(-(-round(s * 16000) // 320) for s in SECONDS)
+
+
+def rows_of(site: str, clip: int, n: int) -> np.ndarray:
+    """Each row says where it is from: clip, frame, site."""
+    rows = np.full((n, WIDTHS.get(site, 8)), 1000 if site == OTHER else 500, np.float16)
+    rows[:, 0], rows[:, 1] = clip + 1, np.arange(n)
+    return rows
+
+
+def make(path, **settings) -> ActivationStore:
+    return fill_store(path, plan_of(SECONDS, chunk_rows=64, shard_rows=640), WIDTHS, rows_of, **settings)
+
+
+@pytest.fixture
+def store(tmp_path) -> ActivationStore:
+    return make(tmp_path / "acts.zarr")
+
+
+def take(stream: RowStream, n: int) -> list[torch.Tensor]:
+    """The first `n` batches of the first site."""
+    with stream:
+        return [batch.rows[stream.sites[0]] for batch in islice(stream, n)]
+
+
+def addresses(batches: list[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(int(clip) - 1, int(frame)) for batch in batches for clip, frame in batch[:, :2]]
+
+
+@pytest.mark.parametrize("chunks_in_buffer", [1, 3, 1000])
+def test_an_epoch_is_every_valid_row_once_and_nothing_else(store, chunks_in_buffer):
+    stream = RowStream([store], [SITE, OTHER], 50, buffer_bytes=chunks_in_buffer * CHUNK_BYTES)
+    assert stream.rows == TOTAL
+    expected = Counter((clip["clip"], frame) for clip in store.clips.to_pylist() for frame in range(clip["n_frames"]))
+    batches = take(stream, -(-3 * TOTAL // 50))
+    seen = addresses(batches)
+    for epoch in range(3):
+        assert Counter(seen[epoch * TOTAL : (epoch + 1) * TOTAL]) == expected
+    assert seen[:TOTAL] != seen[TOTAL : 2 * TOTAL]
+    assert all(len(batch) == 50 and batch.dtype == torch.float32 for batch in batches)
+    assert all((batch[:, 2:] == 500).all() for batch in batches)
+
+
+def test_skipped_clips_never_appear(tmp_path):
+    store = make(tmp_path / "acts.zarr", skip={3: "too loud", 5: "too quiet"})
+    stream = RowStream([store], [SITE], 10)
+    clips = {clip for clip, _ in addresses(take(stream, stream.rows // 10))}
+    assert clips == set(range(len(SECONDS))) - {3, 5}
+    assert stream.rows == TOTAL - sum(store.clips["n_frames"][clip].as_py() for clip in (3, 5))
+
+
+def test_only_shards_that_all_sites_have_take_part(tmp_path):
+    store = make(tmp_path / "acts.zarr", shards=[0, 2])
+    (store.path / "commits" / OTHER / "000002.json").unlink()
+    assert {clip for clip, _ in addresses(take(RowStream([store], [SITE, OTHER], 10), 200))} == set(store.shard_clips(0))
+    assert {clip for clip, _ in addresses(take(RowStream([store], [SITE], 10), 200))} == set(store.shard_clips(0)) | set(store.shard_clips(2))
+
+
+def test_sites_give_the_same_rows(store):
+    with RowStream([store], [SITE, OTHER], 32, buffer_bytes=2 * CHUNK_BYTES) as stream:
+        for batch in islice(stream, 100):
+            assert torch.equal(batch.rows[SITE][:, :2], batch.rows[OTHER][:, :2])
+            assert (batch.rows[OTHER][:, 2:] == 1000).all()
+
+
+def test_the_seed_alone_fixes_the_order(store):
+    def first(seed):
+        return addresses(take(RowStream([store], [SITE], 20, seed=seed), 60))
+
+    assert first(1) == first(1)
+    assert first(1) != first(2)
+
+
+def test_several_stores_are_mixed(tmp_path):
+    stores = [make(tmp_path / "a.zarr"), make(tmp_path / "b.zarr")]
+    stream = RowStream(stores, [SITE], 10)
+    assert stream.rows == 2 * TOTAL
+    assert stream.stats(SITE).rows == 2 * TOTAL
+    np.testing.assert_allclose(stream.stats(SITE).mean, stores[0].stats(SITE).mean)
+    assert stream.stats(SITE).mean_sq_dist == pytest.approx(stores[0].stats(SITE).mean_sq_dist)
+    assert set(Counter(addresses(take(stream, 2 * TOTAL // 10))).values()) <= {1, 2}
+
+
+def test_a_stream_goes_on_from_any_position(store):
+    def stream(position):
+        return RowStream([store], [SITE], 30, seed=5, position=position, buffer_bytes=4 * CHUNK_BYTES)
+
+    with stream(0) as straight:
+        batches = list(islice(straight, 150))
+    assert batches[-1].position == 150 * 30
+    for done in (1, 7, 64, 65, 66, 110):
+        for ours, theirs in zip(take(stream(batches[done - 1].position), 20), batches[done:], strict=False):
+            assert torch.equal(ours, theirs.rows[SITE])
+
+
+class CountingStore(ActivationStore):
+    """Counts reads, and dawdles over every third."""
+
+    def __init__(self, path, header):
+        super().__init__(path, header)
+        self.reads = 0
+
+    def read(self, site, start, stop):
+        self.reads += 1
+        if self.reads % 3 == 0:
+            time.sleep(0.003)
+        return super().read(site, start, stop)
+
+
+def test_timing_changes_nothing(store):
+    expected = take(RowStream([store], [SITE], 40, buffer_bytes=3 * CHUNK_BYTES), 100)
+    with RowStream([CountingStore.open(store.path)], [SITE], 40, buffer_bytes=3 * CHUNK_BYTES) as slow:
+        for number, batch in enumerate(islice(slow, 100)):
+            if number % 20 == 0:
+                time.sleep(0.01)
+            assert torch.equal(batch.rows[SITE], expected[number])
+    assert slow.wait_seconds > 0
+
+
+def test_at_most_two_blocks_are_read_ahead(store):
+    counting = CountingStore.open(store.path)
+    with RowStream([counting], [SITE], 1, buffer_bytes=2 * 64 * 8 * 2) as stream:
+        next(stream)
+        time.sleep(0.2)
+        assert counting.reads == 4
+
+
+def test_what_goes_wrong_in_the_background_is_raised_in_the_loop(store):
+    for path in (store.path / SITE / "c").glob("*/0"):
+        data = bytearray(path.read_bytes())
+        data[100] ^= 0xFF
+        path.write_bytes(data)
+    with pytest.raises(HearsaeError, match="damaged"), RowStream([store], [SITE], 10) as stream:
+        list(islice(stream, TOTAL // 10))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_values_that_are_not_finite_are_named(tmp_path, bad, dtype):
+    def rows(site, clip, n):
+        made = rows_of(site, clip, n)
+        if site == SITE and clip == 4:
+            made[0, 3] = bad
+        return made
+
+    store = fill_store(tmp_path / "acts.zarr", plan_of(SECONDS, chunk_rows=64, shard_rows=640), WIDTHS, rows, dtype=dtype)
+    where = store.planned_span("frame", 4).start
+    message = f"{SITE} has NaN or infinite values in shard {where // 640}, first in row {where}"
+    with pytest.raises(HearsaeError, match=message), RowStream([store], [OTHER, SITE], 10) as stream:
+        list(islice(stream, TOTAL // 10))
+
+
+def test_stores_that_do_not_fit_are_refused(tmp_path, store):
+    with pytest.raises(HearsaeError, match=f"{TOTAL} committed rows .* fewer than one batch of 5000"):
+        RowStream([store], [SITE], 5000)
+    with pytest.raises(HearsaeError, match=r"has no site 'encoder.blocks.9'"):
+        RowStream([store], ["encoder.blocks.9"], 10)
+    empty = make(tmp_path / "empty.zarr", shards=[])
+    with pytest.raises(HearsaeError, match="no committed shard"):
+        RowStream([empty], [SITE], 10)
+    single = fill_store(tmp_path / "single.zarr", plan_of(SECONDS, chunk_rows=64, shard_rows=640), {SITE: 8}, rows_of, dtype="float32")
+    with pytest.raises(HearsaeError, match="can't be read together: dtype is float32 and float16"):
+        RowStream([store, single], [SITE], 10)
+
+
+def test_sites_on_different_axes_are_refused(tmp_path):
+    plan = plan_of(SECONDS, chunk_rows=64, shard_rows=640, tokenize=lambda text, language: [1, 2, 3])
+    store = fill_store(tmp_path / "acts.zarr", plan, {SITE: 8, "decoder.blocks.0": 8}, rows_of)
+    with pytest.raises(HearsaeError, match="different axes"):
+        RowStream([store], [SITE, "decoder.blocks.0"], 10)
+    assert RowStream([store], ["decoder.blocks.0"], 10).rows == 3 * len(SECONDS)
+
+
+def test_the_fingerprint_changes_with_what_is_read(tmp_path, store):
+    prints = [
+        RowStream([store], [SITE], 10).fingerprint(),
+        RowStream([store], [SITE], 10, seed=1).fingerprint(),
+        RowStream([store], [SITE, OTHER], 10).fingerprint(),
+        RowStream([make(tmp_path / "fewer.zarr", shards=[0, 1])], [SITE], 10).fingerprint(),
+    ]
+    assert len(set(prints)) == 4
+    assert RowStream([ActivationStore.open(store.path)], [SITE], 10).fingerprint() == prints[0]

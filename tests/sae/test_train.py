@@ -1,0 +1,201 @@
+"""Training: it finds what is there, and a run that was stopped goes on as if it had not been."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from planted_rows import D_IN, FEATURES, OFFSET, OTHER, PER_ROW, SITE, planted_features, planted_store
+from safetensors.torch import load_file
+
+from cache.errors import HearsaeError
+from cache.store import ActivationStore
+from sae.metrics import evaluate
+from sae.models import SaeConfig, load_dictionary
+from sae.sparse import select_batch_topk
+from sae.train import TrainConfig, Trainee, learning_rate_factor, train
+
+SMALL = {"d_sae": (64,), "k": (PER_ROW,), "batch": 256, "threads": 1, "quiet": True, "lr": 4e-3}
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory) -> ActivationStore:
+    """15,000 rows at two sites. Read only."""
+    return planted_store(tmp_path_factory.mktemp("planted") / "acts.zarr")
+
+
+def config_for(store: ActivationStore, out: Path, **settings) -> TrainConfig:
+    return TrainConfig(**{"store": (store.path,), "site": (SITE,), "out": out, "rows": 256 * 60} | SMALL | settings)
+
+
+@pytest.mark.parametrize(("arch", "found"), [("batchtopk", 0.85), ("topk", 0.85), ("relu", 0.75)])
+def test_planted_features_are_found(planted, tmp_path, arch, found):
+    settings = {"k": (PER_ROW,)} if arch != "relu" else {"l1": 2.0}
+    result = train(config_for(planted, tmp_path, arch=arch, rows=250_000, dead_after=10_000, **settings))[0]
+    sae = load_dictionary(result.dir)
+    best = (planted_features() @ sae.W_dec.numpy().T).max(axis=1)
+    assert (best > 0.9).mean() >= found
+    measured = evaluate(sae, planted)
+    assert measured.fvu < 0.1
+    if arch != "relu":
+        assert measured.l0 == pytest.approx(PER_ROW, rel=0.05)
+    assert result.fvu == pytest.approx(measured.fvu, rel=0.3)
+    assert np.linalg.norm(sae.W_dec.numpy(), axis=1) == pytest.approx(np.ones(64), abs=1e-5)
+
+
+def test_values_are_in_the_units_of_the_store(planted, tmp_path):
+    sae = load_dictionary(train(config_for(planted, tmp_path, rows=250_000))[0].dir)
+    strength = np.zeros((FEATURES, FEATURES))
+    np.fill_diagonal(strength, 1.5)
+    rows = torch.from_numpy(strength @ planted_features() + OFFSET).float()
+    matching = (planted_features() @ sae.W_dec.numpy().T).argmax(axis=1)
+    values = sae.encode(rows)[torch.arange(FEATURES), matching]
+    assert float(values.median()) == pytest.approx(1.5, rel=0.15)
+
+
+class DyingStore(ActivationStore):
+    """Fails after so many reads, as a disk that goes away does."""
+
+    reads_left = 10**9
+
+    def read(self, site, start, stop):
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise OSError("gone")
+        return super().read(site, start, stop)
+
+
+@pytest.mark.parametrize("arch", ["batchtopk", "relu"])
+def test_a_run_that_died_goes_on_bit_for_bit(planted, tmp_path, arch):
+    # Dead latents, several blocks an epoch, several epochs: all that a checkpoint must remember is in play.
+    settings = {"arch": arch, "rows": 256 * 150, "dead_after": 2000, "checkpoint_every": 5000, "buffer_mib": 1, "d_sae": (96,), "seed": (0, 1)}
+    straight = train(config_for(planted, tmp_path / "straight", **settings))
+    config = config_for(planted, tmp_path / "died", **settings)
+    dying = DyingStore.open(planted.path)
+    dying.reads_left = 2 * 32
+    with pytest.raises(OSError, match="gone"):
+        train(config, [dying])
+    assert (config.out / "checkpoint.safetensors").exists()
+    assert not list(config.out.rglob("config.json"))
+    resumed = train(config)
+    assert not (config.out / "checkpoint.safetensors").exists()
+    for ours, theirs in zip(resumed, straight, strict=True):
+        a, b = (load_file(Path(result.dir) / "sae.safetensors") for result in (ours, theirs))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert (ours.fvu, ours.l0, ours.dead_fraction, ours.rows) == (theirs.fvu, theirs.l0, theirs.dead_fraction, theirs.rows)
+
+
+def test_each_sae_of_a_grid_is_as_if_trained_alone(planted, tmp_path):
+    results = train(config_for(planted, tmp_path / "grid", d_sae=(32, 64), k=(2, PER_ROW), seed=(0, 1), dead_after=3000))
+    assert len({result.dir for result in results}) == len(results) == 8
+    for result in results[::3]:
+        alone = tmp_path / "alone" / Path(result.dir).name
+        train(config_for(planted, alone, d_sae=(result.d_sae,), k=(result.k,), seed=(result.seed,), dead_after=3000))
+        a, b = (load_file(Path(folder) / "sae.safetensors") for folder in (result.dir, alone))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_grid_over_sites_learns_each_from_its_own_rows(planted, tmp_path):
+    results = train(config_for(planted, tmp_path, site=(SITE, OTHER), rows=60_000))
+    assert [load_dictionary(result.dir).config.site for result in results] == [SITE, OTHER]
+    for result in results:
+        assert evaluate(load_dictionary(result.dir), planted).fvu < 0.7
+
+
+def test_dead_latents_are_brought_back(planted):
+    def alive_after(aux: float) -> int:
+        trainee = Trainee(
+            SaeConfig("batchtopk", D_IN, 64, PER_ROW), TrainConfig((), (), Path(), lr=2e-3, dead_after=1000, aux=aux), torch.device("cpu")
+        )
+        with torch.no_grad():
+            trainee.sae.b_enc[:32] = -2.5  # below the cut of nearly every batch, though not of every row below zero
+        buffer = torch.empty(256 * 64)
+        x = torch.cat([torch.from_numpy(planted.read_clip(SITE, clip)) for clip in range(8)]).float()
+        x = (x - x.mean(0)) * (D_IN / (x - x.mean(0)).square().sum(1).mean()).sqrt()
+        for step in range(300):
+            trainee.step(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[:256]], 1.0, buffer)
+        return int((trainee.rows_since_fired[:32] < 1000).sum())
+
+    assert alive_after(aux=0.0) <= 6
+    assert alive_after(aux=1 / 32) >= 20
+
+
+def test_what_lies_beside_the_result_tells_how_it_was_made(planted, tmp_path):
+    out = tmp_path / "sae"
+    results = train(config_for(planted, out, seed=(7,)))
+    config = load_dictionary(out).config
+    assert (config.site, config.seed, config.rows, config.store) == (SITE, 7, 256 * 60, ("acts.zarr",))
+    assert (config.model_sha256, config.plan_hash) == (planted.header.model["sha256"], (planted.header.plan["hash"],))
+    written = json.loads((out / "train.json").read_text())
+    assert written["config"]["batch"] == 256
+    assert written["runs"] == [results[0]._asdict()]
+    needed = {"dir", "site", "arch", "d_sae", "k", "seed", "rows", "seconds", "rows_per_s", "wait_fraction", "fvu", "l0", "dead_fraction"}
+    assert set(written["runs"][0]) >= needed
+    assert list((out / "tb").glob("events*"))
+
+
+def test_a_finished_run_is_left_alone(planted, tmp_path):
+    config = config_for(planted, tmp_path)
+    first = train(config)
+    before = (tmp_path / "sae.safetensors").stat().st_mtime_ns
+    assert train(replace(config, threads=2, checkpoint_every=77)) == first
+    assert (tmp_path / "sae.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_output_of_another_run_is_refused(planted, tmp_path):
+    train(config_for(planted, tmp_path))
+    with pytest.raises(HearsaeError, match=r"is of another run: k is .*3.* there and .*2.* here"):
+        train(config_for(planted, tmp_path, k=(2,)))
+
+
+def test_the_checkpoint_of_another_grid_is_refused(planted, tmp_path):
+    dying = DyingStore.open(planted.path)
+    dying.reads_left = 33
+    with pytest.raises(OSError, match="gone"):
+        train(config_for(planted, tmp_path, rows=256 * 500, checkpoint_every=256, buffer_mib=1), [dying])
+    with pytest.raises(HearsaeError, match=r"checkpoint.safetensors is of another run: seed is \[0\] there and \[1, 2\] here"):
+        train(config_for(planted, tmp_path, rows=256 * 500, buffer_mib=1, seed=(1, 2)))
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(HearsaeError, match=r"checkpoint.safetensors is damaged"):
+        train(config_for(planted, tmp_path, rows=256 * 500, buffer_mib=1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"k": (65,)}, "k = 65 is not between 1 and d_sae = 64"),
+        ({"k": (3, 3)}, "--k: give at least one value, and none twice"),
+        ({"site": ()}, "--site: give at least one"),
+        ({"rows": 100}, "--rows 100 is less than one batch of 256"),
+        ({"site": ("../escape",)}, "is no name of a site"),
+        ({"site": ("encoder.blocks.7",)}, "has no site 'encoder.blocks.7'"),
+        ({"arch": "relu", "k": (1, 2)}, "k has no effect"),
+        ({"lr": 0.0}, "--lr 0.0 is not a positive number"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"warmup": 2.0}, "between 0 and 1"),
+        ({"lr": 1e30}, "diverged"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(planted, tmp_path, settings, message):
+    with pytest.raises(HearsaeError, match=message) as error:
+        train(config_for(planted, tmp_path, **settings))
+    assert "\n" not in str(error.value)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    factors = [learning_rate_factor(step, 100, 0.1, 0.2) for step in range(100)]
+    assert factors[:10] == pytest.approx(np.arange(1, 11) / 10)
+    assert factors[10:81] == pytest.approx(np.ones(71))
+    assert factors[80:] == pytest.approx(np.arange(20, 0, -1) / 20)
+
+
+def test_the_threshold_keeps_k_per_row(planted):
+    trainee = Trainee(SaeConfig("batchtopk", D_IN, 64, PER_ROW), TrainConfig((), (), Path()), torch.device("cpu"))
+    x = torch.randn(512, D_IN, generator=torch.Generator().manual_seed(0))
+    trainee.step(x, 1e-9, torch.empty(512 * 64))
+    sae = trainee.dictionary(rows=512)
+    smallest = select_batch_topk((x @ sae.W_enc).detach(), 512 * PER_ROW).value.min()
+    assert float(sae.threshold) == pytest.approx(float(smallest), rel=1e-4)
