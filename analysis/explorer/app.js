@@ -3,13 +3,13 @@
 (function () {
   const { el, count } = hearsae;
   const page = document.getElementById("page");
-  let scans = [], shown = null, turn = 0;
+  let scans = [], turn = 0;
 
   hearsae.scanTitle = (scan) => `${hearsae.capital(scan.noun)}s of ${scan.source ? `${scan.source}, ` : ""}${scan.site}`;
 
   /** {scan, feature}: feature is null for the list. */
   function route() {
-    const [name, kind, number] = decodeURIComponent(location.hash.slice(1)).split("/");
+    const [name, kind, number] = location.hash.slice(1).split("/");
     const scan = scans.find((one) => one.name === name) ?? scans[0];
     return { scan, feature: kind === "feature" && /^\d+$/.test(number ?? "") ? Number(number) : null };
   }
@@ -17,7 +17,6 @@
   async function show() {
     const mine = ++turn, { scan, feature } = route();
     hearsae.stop();
-    hearsae.say("");
     document.querySelectorAll("#scans a").forEach((link) => {
       if (link.hash === `#${scan.name}`) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
@@ -29,7 +28,6 @@
       else await hearsae.renderFeature(place, scan, feature);
       if (mine !== turn) return;
       document.title = `${feature === null ? "" : `${hearsae.capital(scan.noun)} ${feature} · `}${hearsae.scanTitle(scan)} · hearsae`;
-      shown = { scan, feature };
     } catch (error) {
       if (mine === turn) page.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message));
     }
@@ -37,10 +35,11 @@
   }
 
   async function step(by) {
-    if (!shown || shown.feature === null) return;
-    const view = await hearsae.listView(shown.scan.name);
-    const feature = hearsae.neighbour(view, view.list.feature.indexOf(shown.feature), by);
-    if (feature !== null) location.hash = `#${shown.scan.name}/feature/${feature}`;
+    const { scan, feature } = route();
+    if (feature === null) return;
+    const view = await hearsae.listView(scan.name);
+    const next = hearsae.neighbour(view, view.list.feature.indexOf(feature), by);
+    if (next !== null) location.hash = `#${scan.name}/feature/${next}`;
   }
 
   function playSelected() {
@@ -56,7 +55,7 @@
     if (event.key === "j") step(1);
     else if (event.key === "k") step(-1);
     else if (event.key === "/" && page.querySelector("input[type=search]")) page.querySelector("input[type=search]").focus();
-    else if (event.key === " " && shown?.feature !== null && !target.closest("button, a, input, label")) playSelected();
+    else if (event.key === " " && route().feature !== null && !target.closest("button, a, input, label")) playSelected();
     else return;
     event.preventDefault();
   });

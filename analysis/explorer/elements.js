@@ -39,6 +39,4 @@
   };
 
   hearsae.count = (value) => value.toLocaleString("en");
-
-  hearsae.say = (text) => { document.getElementById("status").textContent = text; };
 })();

@@ -9,6 +9,10 @@
 
   const seconds = (s) => s < 60 ? `${s.toFixed(2)} s` : `${Math.floor(s / 60)}:${(s % 60).toFixed(2).padStart(5, "0")}`;
 
+  // Sounds are decoded one after the other, and not for cards that have left the page meanwhile.
+  let queue = Promise.resolve();
+  const inTurn = (work) => (queue = queue.then(work, work));
+
   // Drawing waits until a card comes near the window.
   const near = new IntersectionObserver((entries) => {
     for (const entry of entries) {
@@ -57,10 +61,14 @@
       note.hidden = false;
     }
 
-    async function draw() {
+    function draw() {
       drawn = true;
       paint();
-      if (levels || silent || !onFrames) return;
+      if (!levels && !silent && onFrames) inTurn(hear);
+    }
+
+    async function hear() {
+      if (!canvas.isConnected || levels) return;
       try {
         const audio = await hearsae.clipAudio(clip);
         levels = hearsae.melSpectrogram(audio.getChannelData(0), audio.sampleRate, span.start, span.end - span.start);

@@ -1,27 +1,19 @@
 """`export`: one or more scans as a folder of static files, a page that works from the file system and from any web server.
 
-index.html         the page; its looks and its code are in assets/
-explorer.json      says that the folder is ours, and what it was made of
-data/index.js      the scans
-data/clips.js      the clips that examples refer to
-data/scan0/list.js one row a feature, for the list
-data/scan0/block0.js ...  the histograms, examples and traces of 16 features
-data/audio/0.js ...       one clip's audio
+- index.html: the page; its looks and its code are in assets/
+- explorer.json: says that the folder is ours, and what it was made of
+- data/index.js: the scans
+- data/clips.js: the clips that examples refer to
+- data/scan0/list.js: one row a feature, for the list
+- data/scan0/block0.js, ...: the histograms, examples and traces of 16 features
+- data/audio/0.js, ...: one clip's audio
 """
 
-import base64
-import io
 import json
-import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
-from importlib.metadata import PackageNotFoundError, version
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +21,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import soundfile
 
+from analysis.explorer.clips import AUDIO, Clips, Use, clip_texts, write_clips
 from analysis.explorer.datafiles import histogram, numbers, pack, sparkline, write_data
+from analysis.explorer.folder import MARKER, copy_assets, staging_folder
 from analysis.explorer.traces import Traces, cut_traces
 from analysis.features import open_features
 from analysis.scan_folder import EXAMPLES, Scan
-from cache.audio import Source, load_clip, reopen_source
-from cache.errors import HearsaeError, SourceError
-from cache.header import SAMPLE_RATE
+from cache.errors import HearsaeError
+from cache.header import software
 from cache.store import ActivationStore
 
 FORMAT = 1
-MARKER = "explorer.json"
-STAGING = ".export-"
 FEATURES_PER_BLOCK = 16
 LIST_TEXT_CHARACTERS = 160
 TOKEN_CONTEXT = 16
@@ -50,8 +40,6 @@ LONGEST_CONTEXT_S = 30.0
 """Whisper's window."""
 KINDS = ("top", "range", "quantile")
 NOUNS = {"neurons": "neuron", "sae": "latent", "random": "direction"}
-AUDIO = {"vorbis": ("OGG", "VORBIS"), "flac": ("FLAC", "PCM_16")}
-"""Chromium decodes both with the time axis exactly in place. FLAC is exact and three times as large."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all)."""
@@ -103,25 +91,25 @@ def export(
         raise HearsaeError(f"a context of {context_s:g} s is not between 0 and {LONGEST_CONTEXT_S:g} s")
     stores: dict[str, ActivationStore] = {}
     parts = [_open_part(f"scan{i}", Scan.open(folder), stores, store, features, context_s) for i, folder in enumerate(scans)]
-    clips = _Clips(parts)
-    with _staging(out) as staging:
+    clips = Clips([Use(part.store, part.examples["clip"].to_numpy(), part.scan.info["axis"] == "frame") for part in parts])
+    with staging_folder(out) as staging:
         data = staging / "data"
         for part in parts:
             traces = _cut(part, progress)
             _write_list(data, part)
             _write_blocks(data, part, traces, clips)
-        missing = _write_clips(data, parts, clips, audio, progress)
+        missing = write_clips(data, clips, audio, partial(progress, "audio"))
         write_data(data, "index", {"format": FORMAT, "scans": [_summary(part) for part in parts]})
         made_of = {
             "format": FORMAT,
-            "hearsae": _version(),
-            "scans": [str(part.scan.path) for part in parts],
+            "hearsae": software()["hearsae"],
+            "scans": [part.scan.path.name for part in parts],
             "features": features,
             "audio": audio,
             "context_s": context_s,
         }
         (staging / MARKER).write_text(json.dumps(made_of, indent=1) + "\n", encoding="utf-8")
-        _copy_assets(staging)
+        copy_assets(staging)
         size = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     return {
         "out": str(out),
@@ -185,42 +173,6 @@ def _examples(scan: Scan) -> pa.Table:
         raise HearsaeError(f"{scan.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
 
 
-class _Clips:
-    """The clips that any example refers to, numbered through over all stores."""
-
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        self.parts = parts
-        self.stores = list({id(part.store): part.store for part in parts}.values())
-        self.of_store = [self._used(store, "frame", "token") for store in self.stores]
-        """int64, ascending."""
-        self.first = np.cumsum([0, *map(len, self.of_store)])
-        """The page's number of each store's first clip."""
-
-    def _used(self, store: ActivationStore, *axes: str) -> np.ndarray:
-        used = [part.examples["clip"].to_numpy() for part in self.parts if part.store is store and part.scan.info["axis"] in axes]
-        return np.unique(np.concatenate([np.zeros(0, np.int64), *used]))
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def numbers(self, store: ActivationStore, clips: np.ndarray) -> np.ndarray:
-        """The page's numbers of a store's clips."""
-        which = next(i for i, one in enumerate(self.stores) if one is store)
-        return self.first[which] + np.searchsorted(self.of_store[which], clips)
-
-    def heard(self) -> list[tuple[int, ActivationStore, int, Source | None]]:
-        """Number, store, clip and source of the clips that are played: those with examples on the frame axis."""
-        found: list[tuple[int, ActivationStore, int, Source | None]] = []
-        for store in self.stores:
-            clips = self._used(store, "frame")
-            try:
-                source = reopen_source(store.header.dataset)
-            except SourceError:
-                source = None  # `load_clip` says why, clip by clip
-            found += zip(self.numbers(store, clips).tolist(), repeat(store), clips.tolist(), repeat(source))
-        return found
-
-
 def _cut(part: _Part, progress: Progress) -> Traces:
     what = f"traces of {part.scan.info['features']}"
     features = open_features(part.scan.info["features"], part.store, seed=part.scan.info["options"]["seed"])
@@ -280,7 +232,7 @@ def _fine_histograms(table: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray, 
         yield tuple(np.asarray(table[name][row].as_py() or [], np.float64) for name in ("hist_lo", "hist_hi", "hist_count"))  # type: ignore[misc]
 
 
-def _write_blocks(data: Path, part: _Part, traces: Traces, clips: _Clips) -> None:
+def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips) -> None:
     feature = part.examples["feature"].to_numpy()
     for block in range(-(-part.table.num_rows // FEATURES_PER_BLOCK)):
         table = part.table.slice(block * FEATURES_PER_BLOCK, FEATURES_PER_BLOCK)
@@ -308,7 +260,7 @@ def _feature(row: dict[str, Any], fine: tuple[np.ndarray, np.ndarray, np.ndarray
     }
 
 
-def _pack_examples(part: _Part, traces: Traces, clips: _Clips, where: slice) -> str:
+def _pack_examples(part: _Part, traces: Traces, clips: Clips, where: slice) -> str:
     """The columns that `assets/feature.js: unpackExamples` reads, in its order."""
     examples = part.examples.slice(where.start, where.stop - where.start)
     kind = pc.index_in(examples["kind"].cast(pa.string()), pa.array(KINDS)).to_numpy()
@@ -331,107 +283,6 @@ def _pack_examples(part: _Part, traces: Traces, clips: _Clips, where: slice) -> 
 def _own_texts(part: _Part, first: int, stop: int) -> dict[str, str | None]:
     """The texts of examples that are not their clip's: row in the block -> text."""
     examples = part.examples.slice(first, stop - first)
-    of_clips = _texts(part.store).take(examples["clip"]).to_pylist()
+    of_clips = clip_texts(part.store).take(examples["clip"]).to_pylist()
     texts = examples["text"].to_pylist()
     return {str(row): text for row, (text, of_clip) in enumerate(zip(texts, of_clips, strict=True)) if text != of_clip}
-
-
-def _texts(store: ActivationStore) -> pa.ChunkedArray:
-    return pc.coalesce(store.clips["text"], store.clips["source_text"])
-
-
-def _write_clips(data: Path, parts: Sequence[_Part], clips: _Clips, audio: str, progress: Progress) -> int:
-    """Writes the clips' audio and the table of clips. Returns how many clips that should be heard can't be."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("source", "speaker", "start_s", "text", "silent")}
-    for store, numbers_ in zip(clips.stores, clips.of_store, strict=True):
-        table = store.clips.take(numbers_)
-        for name in ("source", "speaker", "start_s"):
-            columns[name] += table[name].to_pylist()
-        columns["text"] += _texts(store).take(numbers_).to_pylist()
-    columns["silent"] = ["this page was made without audio"] * len(clips)
-    heard = clips.heard() if audio != "none" else []
-    for done, (number, store, clip, source) in enumerate(heard):
-        columns["silent"][number] = _write_audio(data, number, store, clip, source, audio)
-        progress("audio", done + 1, len(heard))
-    write_data(data, "clips", columns)
-    return sum(columns["silent"][number] is not None for number, *_ in heard)
-
-
-def _write_audio(data: Path, number: int, store: ActivationStore, clip: int, source: Source | None, audio: str) -> str | None:
-    """Writes one clip's audio. Returns why that was not possible, if so."""
-    try:
-        write_data(data, f"audio/{number}", _encode(load_clip(store, clip, source), audio))
-    except SourceError as error:
-        return str(error)
-    return None
-
-
-def _encode(samples: np.ndarray, audio: str) -> str:
-    file = io.BytesIO()
-    container, codec = AUDIO[audio]
-    soundfile.write(file, np.clip(samples, -1, 1), SAMPLE_RATE, format=container, subtype=codec)
-    return base64.b64encode(file.getvalue()).decode("ascii")
-
-
-def _copy_assets(staging: Path) -> None:
-    (staging / "assets").mkdir()
-    for asset in resources.files("analysis.explorer").iterdir():
-        if asset.name.endswith((".js", ".css")):
-            (staging / "assets" / asset.name).write_bytes(asset.read_bytes())
-        elif asset.name.endswith(".html"):
-            (staging / asset.name).write_bytes(asset.read_bytes())
-
-
-def _version() -> str:
-    try:
-        return version("hearsae")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-# The folder
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder inside `out` whose contents take the place of an earlier export when all is written; until then that one stays as it is."""
-    staging = out / f"{STAGING}{uuid.uuid4().hex}"
-    try:
-        _refuse_foreign(out)
-        staging.mkdir(parents=True)
-        try:
-            yield staging
-            _publish(staging, out)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except OSError as error:
-        raise HearsaeError(f"can't write the page to {out}: {error.strerror or error}") from error
-
-
-def _refuse_foreign(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise HearsaeError(f"{out} is not a folder: choose another --out")
-    entries = [entry for entry in out.iterdir() if not entry.name.startswith(STAGING)]
-    if not entries:
-        return
-    try:
-        ours = "hearsae" in json.loads((out / MARKER).read_bytes())
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise HearsaeError(f"{out} holds other things and no page of ours: choose an empty or new folder")
-
-
-def _publish(staging: Path, out: Path) -> None:
-    """Puts the new files in place, `index.html` last: while it is there, all that it needs is."""
-    (out / "index.html").unlink(missing_ok=True)
-    for name in (MARKER, "assets", "data", "index.html"):
-        place = out / name
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        (staging / name).replace(place)
-    for stale in out.glob(f"{STAGING}*"):
-        if stale != staging:
-            shutil.rmtree(stale, ignore_errors=True)

@@ -98,13 +98,14 @@
       const input = el("input", { type: "checkbox", checked: options[key], onchange: () => { options[key] = input.checked; after?.(); } });
       return el("label", { title: hint }, input, label);
     };
+    const hasSound = scan.axis === "frame";
     return el("div", { class: "switches" },
-      box("lift", "Lift the peak", "Sound away from the peak is played at a quarter of its loudness"),
+      !hasSound ? null : box("lift", "Lift the peak", "Sound away from the peak is played at a quarter of its loudness"),
       box("common", "One scale", "All traces on the feature's own scale, up to its maximum; otherwise each fills its box", redraw),
-      el("span", { class: "quiet" }, scan.axis === "frame"
+      el("span", { class: "quiet" }, hasSound
         ? `Each picture spans ${shortNumber(scan.context * scan.frame_s)} s to either side of the peak, the line in the middle.`
         : `Each picture spans ${scan.context} tokens to either side of the peak.`),
-      el("span", { class: "quiet keys" }, el("kbd", {}, "space"), " play ", el("kbd", {}, "j"), " next ", el("kbd", {}, "k"), " previous"));
+      el("span", { class: "quiet keys" }, ...(hasSound ? [el("kbd", {}, "space"), " play "] : []), el("kbd", {}, "j"), " next ", el("kbd", {}, "k"), " previous"));
   }
 
   function sections(examples, facts, view) {
