@@ -1,6 +1,6 @@
 """The loops of a scan, compiled by numba: plain, sequential, and therefore the same to the last bit wherever they run.
 
-`tests/analysis/test_scan.py` holds each of them to a twin in numpy.
+`tests/analysis/test_kernels.py` holds each of them to a twin in numpy.
 """
 
 from typing import Any, NamedTuple
