@@ -27,6 +27,6 @@ def planted_rows(site: str, clip: int, n: int) -> np.ndarray:
     return strength @ planted_features() + OFFSET + 0.02 * rng.standard_normal((n, D_IN))
 
 
-def planted_store(path: Path, seconds: float = 300.0, **settings) -> ActivationStore:
+def planted_store(path: Path, seconds: float = 300.0, rows_of=planted_rows) -> ActivationStore:
     plan = plan_of([20.0] * round(seconds / 20), chunk_rows=512, shard_rows=2048)
-    return fill_store(path, plan, {SITE: D_IN, OTHER: D_IN}, planted_rows, **settings)
+    return fill_store(path, plan, {SITE: D_IN, OTHER: D_IN}, rows_of)

@@ -80,7 +80,7 @@ def test_a_store_without_rows_is_refused(tmp_path):
         evaluate(make(skipped), skipped)
 
 
-def test_memory_format_does_not_matter(store):
+def test_a_dictionary_that_names_no_site_takes_the_one_given(store):
     sae = make(store)
     sae.config = replace(sae.config, site="")
     assert evaluate(sae, store, site=SITE).fvu == evaluate(make(store), store).fvu

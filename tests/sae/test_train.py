@@ -185,6 +185,18 @@ def test_settings_that_cannot_work_are_refused_in_one_line(planted, tmp_path, se
     assert "\n" not in str(error.value)
 
 
+def test_rows_that_are_all_equal_are_refused(tmp_path):
+    store = planted_store(tmp_path / "acts.zarr", 60.0, rows_of=lambda site, clip, n: np.full((n, D_IN), 0.3))
+    with pytest.raises(HearsaeError, match=f"all 3000 rows of {SITE} are equal"):
+        train(config_for(store, tmp_path / "out", rows=256))
+
+
+def test_an_output_folder_that_cannot_be_is_refused_in_one_line(planted, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(HearsaeError, match="can't write"):
+        train(config_for(planted, tmp_path / "file" / "out"))
+
+
 def test_the_learning_rate_rises_stays_and_falls():
     factors = [learning_rate_factor(step, 100, 0.1, 0.2) for step in range(100)]
     assert factors[:10] == pytest.approx(np.arange(1, 11) / 10)
