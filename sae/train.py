@@ -34,8 +34,8 @@ CHECKPOINT = "checkpoint.safetensors"
 RESULT = "train.json"
 LOG_EVERY_ROWS = 50_000
 DECODER_TURN = 0.08
-"""Default learning rate times sqrt(d_in): about the angle in radians by which a step of Adam turns a unit decoder row at most. Measured on tiny.en
-(1 M rows, batch 4096): half of it leaves FVU a tenth higher, twice as much leaves a tenth and more of the latents dead."""
+"""Default learning rate times sqrt(d_in): about the angle in radians by which a step of Adam turns a unit decoder row. On tiny.en's
+encoder.blocks.2 (d_sae 3072, k 32, 1 M rows) 0.047, 0.067, 0.094 and 0.19 gave test FVU 0.211, 0.192, 0.177 and 0.165, with 0, 0, 0.3 and 30 % dead."""
 RUNNING_DECAY = 0.9
 """Of the running means of threshold, FVU and L0: they follow about the last ten batches."""
 HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "quiet")
@@ -70,7 +70,7 @@ class TrainConfig:
     lr: float | None = None
     """Highest learning rate of Adam. Default: 0.08 / sqrt(d_in)."""
     warmup: float = 0.02
-    """First part of the run, over which the learning rate (and the L1 coefficient) rises from 0."""
+    """First part of the run, over which the learning rate rises from 0."""
     decay: float = 0.3
     """Last part of the run, over which the learning rate falls to 0."""
     l1: float = 5.0
@@ -208,7 +208,7 @@ class Trainee:
         energy = x.square().sum()
         fvu = residual.square().sum() / energy
         aux = self._aux_loss(x, residual.detach())
-        loss = fvu + recipe.aux * aux + recipe.l1 * min(1.0, rate) * l1_norm / energy
+        loss = fvu + recipe.aux * aux + recipe.l1 * l1_norm / energy
         if not math.isfinite(loss.item()):
             raise HearsaeError(f"training on {sae.config.site} diverged (its loss is not finite): use a lower learning rate than {self.lr:g}")
 
