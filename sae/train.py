@@ -35,7 +35,7 @@ RESULT = "train.json"
 LOG_EVERY_ROWS = 50_000
 DECODER_TURN = 0.08
 """Default learning rate times sqrt(d_in): about the angle in radians by which a step of Adam turns a unit decoder row. On tiny.en's
-encoder.blocks.2 (d_sae 3072, k 32, 1 M rows) 0.047, 0.067, 0.094 and 0.19 gave test FVU 0.211, 0.192, 0.177 and 0.165, with 0, 0, 0.3 and 30 % dead."""
+block 2 (d_sae 3072, k 32, 1 M rows) 0.047, 0.067, 0.094 and 0.19 gave test FVU 0.211, 0.192, 0.177 and 0.165; 0, 0, 0.3 and 30 % dead."""
 RUNNING_DECAY = 0.9
 """Of the running means of threshold, FVU and L0: they follow about the last ten batches."""
 HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "quiet")
