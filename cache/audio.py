@@ -68,7 +68,7 @@ def open_source(spec: str, split: str | None = None, subset: str | None = None, 
 
 def reopen_source(description: dict[str, Any]) -> Source:
     """The source that a store's header describes."""
-    kind, values = description["kind"], {key: value for key, value in description.items() if key != "kind"}
+    kind, values = description.get("kind"), {key: value for key, value in description.items() if key != "kind"}
     if kind == "audiofolder":
         return AudioFolder(Path(values["root"]), values["split"])
     if kind == "manifest":
@@ -93,7 +93,7 @@ def header_samples(file: str | Path | io.BytesIO) -> int:
     try:
         info = soundfile.info(file)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise SourceError(_why(error)) from error
+        raise SourceError(_why(error, file)) from error
     if info.frames >= UNKNOWN_LENGTH or info.samplerate < 1:
         raise SourceError("its header does not say how long it is")
     return info.frames * SAMPLE_RATE // info.samplerate
@@ -111,7 +111,7 @@ def decode(file: str | Path | io.BytesIO, start_s: float, n_samples: int, tolera
             sound.seek(min(round(start_s * rate), sound.frames))
             samples = sound.read(-(-n_samples * rate // SAMPLE_RATE), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise SourceError(_why(error)) from error
+        raise SourceError(_why(error, file)) from error
     mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
     if not np.isfinite(mono).all():
         raise SourceError("it has NaN or infinite samples")
@@ -124,11 +124,11 @@ def decode(file: str | Path | io.BytesIO, start_s: float, n_samples: int, tolera
     return np.pad(mono[:n_samples], (0, max(0, n_samples - len(mono))))
 
 
-def _why(error: Exception) -> str:
+def _why(error: Exception, file: str | Path | io.BytesIO) -> str:
+    if not isinstance(file, io.BytesIO) and not Path(file).exists():
+        return "there is no such file"
     if isinstance(error, soundfile.LibsndfileError):
         return f"it can't be decoded ({error.error_string.rstrip('.')})"
-    if isinstance(error, FileNotFoundError):
-        return "there is no such file"
     if isinstance(error, OSError):
         return f"it can't be read ({error.strerror or error})"
     return "it can't be decoded (no format that libsndfile knows: convert it to FLAC)"

@@ -129,6 +129,10 @@ class ActivationStore:
         self.header = header
         self._arrays: dict[str, zarr.Array] = {}
         self._records: dict[tuple[str, int], CommitRecord] = {}
+        self._present: set[tuple[str, int]] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.header)  # another process opens it anew: caches and open arrays stay here
 
     # Opening and creating
 
@@ -319,12 +323,11 @@ class ActivationStore:
 
     def _open_array(self, site: str, shard: int) -> zarr.Array:
         # A committed object that is gone would read as zeros: look once, before its first use.
-        if (site, shard) not in self._records:
-            record = self.record(site, shard)
-            path = self._object_path(site, shard)
-            if record.rows and (not path.exists() or path.stat().st_size != record.object_bytes):
-                del self._records[site, shard]
+        if (site, shard) not in self._present:
+            record, path = self.record(site, shard), self._object_path(site, shard)
+            if record.object_bytes and (not path.exists() or path.stat().st_size != record.object_bytes):
                 raise StoreError(f"{path} is missing or cut short: run 'hearsae repair {self.path}', then 'hearsae cache' again")
+            self._present.add((site, shard))
         if site not in self._arrays:
             opened = zarr.open_array(LocalStore(self.path / site, read_only=True), mode="r")
             self._arrays[site] = opened

@@ -1,6 +1,7 @@
 """The store on disk: what `docs/store.md` promises."""
 
 import json
+import pickle
 import shutil
 import warnings
 import zlib
@@ -89,6 +90,13 @@ def test_skipped_clips_have_no_rows_for_any_reader(tmp_path):
     assert store.stats("encoder.blocks.0").rows == sum(store.clips["n_frames"].to_pylist()) - store.clips["n_frames"][3].as_py()
 
 
+def test_a_store_travels_to_another_process_without_its_caches(store):
+    assert len(store.clips) and store.record("encoder.blocks.0", 0)
+    travelled = pickle.dumps(store)
+    assert len(travelled) < 4000
+    np.testing.assert_array_equal(pickle.loads(travelled).read_clip("encoder.blocks.0", 1), store.read_clip("encoder.blocks.0", 1))
+
+
 def test_stats_are_those_of_the_stored_rows(store):
     rows = np.concatenate([store.read_clip("encoder.blocks.0", c) for c in range(store.clips.num_rows)]).astype(np.float64)
     stats = store.stats("encoder.blocks.0")
@@ -113,8 +121,9 @@ def test_verify_names_the_bad_object_and_repair_makes_room_for_it(store, damage)
     objects, bad = fresh.verify()
     assert objects == 2 * fresh.axis("encoder.blocks.0").shards
     assert [(b.site, b.shard) for b in bad] == [("encoder.blocks.0.mlp.1", 1)]
-    with pytest.raises(StoreError, match="repair"):
-        ActivationStore.open(store.path).read("encoder.blocks.0.mlp.1", 2048, 3000)
+    for read in (lambda s: s.read("encoder.blocks.0.mlp.1", 2048, 4000), lambda s: s.read_clip("encoder.blocks.0.mlp.1", s.shard_clips(1)[-1])):
+        with pytest.raises(StoreError, match="repair"):
+            read(ActivationStore.open(store.path))
     (store.path / "encoder.blocks.0" / "c" / "0" / ".0.abc.tmp").write_bytes(b"half")
     fresh.repair()
     assert fresh.pending(WIDTHS) == {1: ["encoder.blocks.0.mlp.1"]}
