@@ -1,0 +1,81 @@
+"""The command line. Each command is a dataclass in `cluster.commands`, loaded only when it is asked for."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+COMMANDS = {
+    "demo": ("Demo", "the whole story on real speech, ending with a page to open"),
+    "cache": ("Cache", "run Whisper over a dataset and keep activations in a store"),
+    "info": ("Info", "what a store holds"),
+    "verify": ("Verify", "read all of a store and name what is damaged"),
+    "repair": ("Repair", "drop what is damaged, so that 'hearsae cache' makes it again"),
+    "train": ("Train", "train sparse autoencoders on stored activations"),
+    "evaluate": ("Evaluate", "L0, FVU, dead latents, density of trained SAEs on a store"),
+    "scan": ("Scan", "find the moments that drive every neuron, SAE latent or basis direction"),
+    "query": ("Query", "a feature's moments, or the strongest features at a moment"),
+    "explore": ("Explore", "write scans as a page to look at and listen to"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit status: 0, 1 with one line on stderr, or 2 for wrong usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(f"hearsae {version('hearsae')}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        print(f"hearsae: there is no command '{arguments[0]}'; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return _run(arguments[0], arguments[1:])
+
+
+def _help() -> str:
+    lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hearsae COMMAND [options]",
+            "",
+            "What a speech model has learnt.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "hearsae COMMAND --help shows its options.",
+        ]
+    )
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    import tyro
+
+    from cache.errors import HearsaeError
+
+    as_json = "--json" in arguments
+    try:
+        command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
+        command = tyro.cli(command_class, prog=f"hearsae {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        as_json = command.json
+        result = command.run()
+        print(json.dumps(result, default=str) if as_json else command.summary(result), flush=True)
+        return getattr(command, "status", lambda result: 0)(result)
+    except HearsaeError as error:
+        print(f"hearsae: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("hearsae: interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left: nothing more to say
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        print(f"hearsae: the system refused{where}: {error.strerror or error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

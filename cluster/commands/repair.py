@@ -1,0 +1,27 @@
+"""`hearsae repair`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cache.store import ActivationStore
+from cluster.commands import Output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Output):
+    """Drop the records of what is damaged, so that the same 'hearsae cache' command makes it again."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """The store."""
+
+    def run(self) -> dict[str, Any]:
+        return {"dropped": [damage._asdict() for damage in ActivationStore.open(self.store).repair()]}
+
+    def summary(self, result: dict[str, Any]) -> str:
+        if not result["dropped"]:
+            return f"{self.store}: nothing to repair"
+        lines = [f"  {bad['site']} shard {bad['shard']}: {bad['reason']}" for bad in result["dropped"]]
+        return "\n".join([f"{self.store}: dropped {len(lines)}; run the 'hearsae cache' command again to make them", *lines])

@@ -1,0 +1,23 @@
+"""`hearsae train`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.commands import Output
+from sae.train import TrainConfig, train
+
+
+@dataclass(frozen=True)
+class Train(Output, TrainConfig):
+    __doc__ = TrainConfig.__doc__
+
+    def run(self) -> dict[str, Any]:
+        return {"runs": [result._asdict() for result in train(self)]}
+
+    def summary(self, result: dict[str, Any]) -> str:
+        lines = []
+        for run in result["runs"]:
+            lines.append(f"{run['dir']}: {run['arch']} of {run['site']}, {run['d_sae']} latents, k {run['k']}, seed {run['seed']}")
+            speed = f"{run['rows']} rows in {run['seconds']:.0f} s ({run['rows_per_s']:.0f} rows/s, {run['wait_fraction']:.1%} waiting)"
+            lines.append(f"  {speed}; last batches: FVU {run['fvu']:.3f}, L0 {run['l0']:.1f}, {run['dead_fraction']:.1%} dead")
+        return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""`hearsae verify`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cache.store import ActivationStore
+from cluster.commands import Output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Output):
+    """Read every committed object of a store and name what is damaged. Exits with 1 if anything is."""
+
+    store: Annotated[Path, tyro.conf.Positional]
+    """The store."""
+
+    def run(self) -> dict[str, Any]:
+        objects, bad = ActivationStore.open(self.store).verify()
+        return {"ok": not bad, "objects": objects, "bad": [damage._asdict() for damage in bad]}
+
+    def status(self, result: dict[str, Any]) -> int:
+        return 0 if result["ok"] else 1
+
+    def summary(self, result: dict[str, Any]) -> str:
+        if result["ok"]:
+            return f"{self.store}: all {result['objects']} objects are good"
+        lines = [f"  {bad['site']} shard {bad['shard']}: {bad['reason']}" for bad in result["bad"]]
+        return "\n".join(
+            [f"{self.store}: {len(lines)} of {result['objects']} objects are damaged", *lines, f"'hearsae repair {self.store}' makes room for them"]
+        )
