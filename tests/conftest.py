@@ -38,7 +38,7 @@ def fill_store(
     dtype: str = "float16",
     shards: list[int] | None = None,
 ) -> ActivationStore:
-    """A real store whose rows are `rows_of(site, clip, n) -> [n, width]`; `skip` names clips to leave out, `shards` those to commit (default: all)."""
+    """A real store whose rows are `rows_of(site, clip, n) -> [n, width]`; `skip` names clips to leave out, `shards` those to commit."""
     sites = [Site(name, "token" if name.startswith("decoder.") else "frame", width, i) for i, (name, width) in enumerate(widths.items())]
     header = Header(
         model={"name": "made-up", "sha256": "0" * 64, "dims": {}, "has_decoder": True}, dataset={}, axes=plan.axes, plan=plan.summary(), dtype=dtype

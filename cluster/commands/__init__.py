@@ -1,4 +1,7 @@
-"""One module per command. A command is a frozen dataclass: its fields are the flags, `run` returns what `--json` prints, `summary` says it to people."""
+"""One module per command.
+
+A command is a frozen dataclass: its fields are the flags, `run` returns what `--json` prints, `summary` says it to people.
+"""
 
 import sys
 from collections.abc import Iterable, Iterator

@@ -40,7 +40,8 @@ class Cache(Output, WorkerOptions, CaptureConfig):
     def summary(self, result: dict[str, Any]) -> str:
         sites = [f"  {name}: width {site['width']}, {size(site['bytes'])}" for name, site in result["sites"].items()]
         if self.dry_run:
-            head = f"{result['clips']} clips, {result['hours']:.2f} hours, {result['frames']} frames in {result['shards']} shards; {result['skipped']} skipped"
+            size_of_set = f"{result['clips']} clips, {result['hours']:.2f} hours, {result['frames']} frames"
+            head = f"{size_of_set} in {result['shards']} shards; {result['skipped']} skipped"
             return "\n".join([head, *sites])
         head = f"{result['store']}: {result['clips']} clips, {result['frames']} frames"
         done = f"{result['shards_computed']} of {result['shards']} shards computed in {result['seconds']:.1f} s"

@@ -33,7 +33,8 @@ class Evaluate(Output):
         return {"results": results}
 
     def summary(self, result: dict[str, Any]) -> str:
-        return "\n".join(
-            f"{r['dir']}: {r['site']}, {r['rows']} rows: FVU {r['fvu']:.4f}, L0 {r['l0']:.1f}, {r['dead_fraction']:.2%} dead, {r['dense_fraction']:.2%} dense"
-            for r in result["results"]
-        )
+        lines = []
+        for r in result["results"]:
+            latents = f"{r['dead_fraction']:.2%} dead, {r['dense_fraction']:.2%} dense"
+            lines.append(f"{r['dir']}: {r['site']}, {r['rows']} rows: FVU {r['fvu']:.4f}, L0 {r['l0']:.1f}, {latents}")
+        return "\n".join(lines)

@@ -24,7 +24,7 @@ class _What:
 
 @dataclass(frozen=True)
 class Scan(Output, WorkerOptions, ScanOptions, _What):
-    """Find, for every feature of a set, when it is active and how strongly: its strongest moments, examples of every level of activation, histogram."""
+    """Find when every feature of a set is active and how strongly: strongest moments, examples of every level, histogram."""
 
     def run(self) -> dict[str, Any]:
         return run_scan(self.store, self.features, self.out, self, self)
