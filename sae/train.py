@@ -73,7 +73,7 @@ class TrainConfig:
     """First part of the run, over which the learning rate rises from 0."""
     decay: float = 0.3
     """Last part of the run, over which the learning rate falls to 0."""
-    l1: float = 5.0
+    l1: float = 2.0
     """Coefficient of the L1 norm beside the squared error, for rows of mean squared norm d_in (relu only)."""
     aux: float = 1 / 32
     """Coefficient of the AuxK loss, which brings dead latents back (2406.04093)."""
