@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -171,7 +171,7 @@ def train(config: TrainConfig, stores: Sequence[ActivationStore] | None = None) 
         site = trainee.sae.config.site
         trainee.dictionary(rows=stream.position).folded(stats[site].mean, scale[site]).save(folder)
     results = [_result(folder, trainee, now()) for folder, trainee in zip(folders, trainees, strict=True)]
-    put(config.out / RESULT, _to_json({"identity": identity, "config": asdict(config), "runs": [result._asdict() for result in results]}))
+    put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
     (config.out / CHECKPOINT).unlink(missing_ok=True)
     return results
 
@@ -356,8 +356,13 @@ def _check(config: TrainConfig) -> None:
 
 def _identity(config: TrainConfig, stream: RowStream) -> dict[str, Any]:
     """What must agree for two runs to be one, as JSON gives it back."""
-    settings = {name: value for name, value in asdict(config).items() if name not in HOW_NOT_WHAT}
+    settings = {name: value for name, value in _settings(config).items() if name not in HOW_NOT_WHAT}
     return json.loads(_to_json(settings | {"stored rows": stream.fingerprint()}))
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The config's own fields: a command may have added to them."""
+    return {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
 
 
 def _result(folder: Path, trainee: Trainee, end: Checkpoint) -> RunResult:

@@ -1,7 +1,7 @@
 """Training: it finds what is there, and a run that was stopped goes on as if it had not been."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def config_for(store: ActivationStore, out: Path, **settings) -> TrainConfig:
 @pytest.mark.parametrize(("arch", "found"), [("batchtopk", 0.85), ("topk", 0.85), ("relu", 0.95)])
 def test_planted_features_are_found(planted, tmp_path, arch, found):
     settings = {"k": (PER_ROW,)} if arch != "relu" else {"l1": 1.0}
-    result = train(config_for(planted, tmp_path, arch=arch, rows=250_000, dead_after=10_000, **settings))[0]
+    result = train(config_for(planted, tmp_path, arch=arch, rows=200_000, dead_after=10_000, **settings))[0]
     sae = load_dictionary(result.dir)
     best = (planted_features() @ sae.W_dec.numpy().T).max(axis=1)
     assert (best > 0.9).mean() >= found
@@ -46,7 +46,7 @@ def test_planted_features_are_found(planted, tmp_path, arch, found):
 
 
 def test_values_are_in_the_units_of_the_store(planted, tmp_path):
-    sae = load_dictionary(train(config_for(planted, tmp_path, rows=250_000))[0].dir)
+    sae = load_dictionary(train(config_for(planted, tmp_path, rows=150_000))[0].dir)
     strength = np.zeros((FEATURES, FEATURES))
     np.fill_diagonal(strength, 1.5)
     rows = torch.from_numpy(strength @ planted_features() + OFFSET).float()
@@ -136,11 +136,17 @@ def test_what_lies_beside_the_result_tells_how_it_was_made(planted, tmp_path):
     assert list((out / "tb").glob("events*"))
 
 
+@dataclass(frozen=True)
+class AsCommand(TrainConfig):
+    as_json: bool = False
+
+
 def test_a_finished_run_is_left_alone(planted, tmp_path):
     config = config_for(planted, tmp_path)
     first = train(config)
     before = (tmp_path / "sae.safetensors").stat().st_mtime_ns
     assert train(replace(config, threads=2, checkpoint_every=77)) == first
+    assert train(AsCommand(**vars(config), as_json=True)) == first
     assert (tmp_path / "sae.safetensors").stat().st_mtime_ns == before
 
 
