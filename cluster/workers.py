@@ -8,6 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,7 +52,8 @@ def map_shards(make: Make[Result], shards: Sequence[int], options: WorkerOptions
         for shard in shards:
             yield function(shard)
     else:
-        yield from _on_ray(make, shards, options)
+        with session(options):
+            yield from _on_ray(make, shards, options)
 
 
 class _ShardWorker:
@@ -70,43 +72,53 @@ class _ShardWorker:
             return error
 
 
+@contextmanager
+def session(options: WorkerOptions) -> Iterator[None]:
+    """Keeps one Ray for several calls of `map_shards`; starts it if it does not run yet, and then stops it at the end."""
+    if options.no_ray:
+        yield
+        return
+    ray = _import_ray()
+    starts_here = not ray.is_initialized()
+    try:
+        if starts_here:
+            _start(ray, options)
+        yield
+    finally:
+        if starts_here:
+            ray.shutdown()
+
+
 def _on_ray(make: Make[Result], shards: Sequence[int], options: WorkerOptions) -> Iterator[Result]:
     ray = _import_ray()
-    embedded = not ray.is_initialized()
-    if embedded:
-        _start(ray, options)
-    try:
-        actor = ray.remote(num_cpus=1, num_gpus=options.gpus_per_worker)(_ShardWorker)
-        shared = ray.put(make)
-        waiting, deaths = list(reversed(shards)), Counter[int]()
-        running: dict[Any, tuple[int, Any]] = {}
+    actor = ray.remote(num_cpus=1, num_gpus=options.gpus_per_worker)(_ShardWorker)
+    shared = ray.put(make)
+    waiting, deaths = list(reversed(shards)), Counter[int]()
+    running: dict[Any, tuple[int, Any]] = {}
 
-        def give(worker: Any) -> None:
-            if waiting:
-                shard = waiting.pop()
-                running[worker.run.remote(shard)] = (shard, worker)
+    def give(worker: Any) -> None:
+        if waiting:
+            shard = waiting.pop()
+            running[worker.run.remote(shard)] = (shard, worker)
 
-        for _ in range(min(len(shards), options.workers or _slots(ray, options))):
+    for _ in range(min(len(shards), options.workers or _slots(ray, options))):
+        give(actor.remote(shared))
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        shard, worker = running.pop(done)
+        try:
+            result = ray.get(done)
+        except ray.exceptions.RayActorError as error:
+            deaths[shard] += 1
+            if deaths[shard] > RETRIES:
+                raise HearsaeError(f"a worker died {deaths[shard]} times on shard {shard} (out of memory?): try fewer --workers") from error
+            waiting.append(shard)
             give(actor.remote(shared))
-        while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            shard, worker = running.pop(done)
-            try:
-                result = ray.get(done)
-            except ray.exceptions.RayActorError as error:
-                deaths[shard] += 1
-                if deaths[shard] > RETRIES:
-                    raise HearsaeError(f"a worker died {deaths[shard]} times on shard {shard} (out of memory?): try fewer --workers") from error
-                waiting.append(shard)
-                give(actor.remote(shared))
-                continue
-            if isinstance(result, HearsaeError):
-                raise result
-            give(worker)
-            yield result
-    finally:
-        if embedded:
-            ray.shutdown()
+            continue
+        if isinstance(result, HearsaeError):
+            raise result
+        give(worker)
+        yield result
 
 
 def _import_ray() -> Any:
