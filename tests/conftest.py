@@ -1,11 +1,14 @@
 """Shared parts: real stores with made-up rows, and the optional assets (real speech, real Whisper weights)."""
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from whisper.model import AudioEncoder, ModelDimensions, Whisper
 
 from cache.header import Header
 from cache.plan import Plan, SourceItem, make_plan
@@ -58,3 +61,29 @@ def fill_store(
                     rows[first : first + span.stop - span.start] = rows_of(site, clip, span.stop - span.start)
             store.write_shard(site, shard, rows, skips, {})
     return ActivationStore.open(path)
+
+
+@pytest.fixture
+def tiny_whisper() -> Callable[..., Path]:
+    """`tiny_whisper(path, encoder_only=False, seed=0, **dims) -> path`: writes a small Whisper of random weights in openai-whisper's format."""
+    return write_tiny_whisper
+
+
+def write_tiny_whisper(path: Path, encoder_only: bool = False, seed: int = 0, **dims: int) -> Path:
+    """The English-only Whisper that the fixture `tiny_whisper` writes, 2 + 2 blocks of width 32. dims: fields of ModelDimensions to change."""
+    small = {"n_mels": 80, "n_audio_ctx": 1500, "n_audio_state": 32, "n_audio_head": 2, "n_audio_layer": 2}
+    small |= {"n_vocab": 51864, "n_text_ctx": 64, "n_text_state": 32, "n_text_head": 2, "n_text_layer": 2}
+    full = ModelDimensions(**small | dims)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if encoder_only:
+            encoder = AudioEncoder(full.n_mels, full.n_audio_ctx, full.n_audio_state, full.n_audio_head, full.n_audio_layer)
+            weights = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+        else:
+            model = Whisper(full)
+            torch.nn.init.normal_(model.decoder.positional_embedding, std=0.02)  # the only one that Whisper leaves as memory had it
+            weights = model.state_dict()
+    data = io.BytesIO()  # written to a path, the file's bytes would depend on its name
+    torch.save({"dims": vars(full), "model_state_dict": weights}, data)
+    path.write_bytes(data.getvalue())
+    return path
