@@ -1,8 +1,7 @@
 """Loads a Whisper, safely, and runs the capture forward: as far as the deepest site asked for, and no further."""
 
 import hashlib
-import pickle
-import zipfile
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,11 +13,12 @@ import numpy as np
 import torch
 import whisper
 from torch import Tensor, nn
-from whisper.audio import N_SAMPLES, log_mel_spectrogram
+from whisper.audio import log_mel_spectrogram
 from whisper.model import AudioEncoder, ModelDimensions, Whisper
 from whisper.tokenizer import Tokenizer, get_tokenizer
 
 from cache.errors import ModelError
+from cache.plan import SAMPLES_PER_FRAME
 from cache.sites import Site
 
 MATMUL_TOLERANCE = 1e-5
@@ -59,14 +59,23 @@ class LoadedModel:
 
         At most n_text_ctx of them. Raises ModelError for a language that Whisper does not know.
         """
-        if language not in self._tokenizers:
-            languages = self.dims.n_vocab - 51765 - int(self.is_multilingual)
+        spoken = language if self.is_multilingual else None
+        if spoken not in self._tokenizers:
+            self._tokenizers[spoken] = self._tokenizer(spoken)
+        tokenizer = self._tokenizers[spoken]
+        # What looks like a special token is the dataset's text, not ours to obey.
+        ids = tokenizer.encode(" " + text.strip(), disallowed_special=())
+        return [*tokenizer.sot_sequence_including_notimestamps, *ids][: self.dims.n_text_ctx]
+
+    def _tokenizer(self, language: str | None) -> Tokenizer:
+        known = self.dims.n_vocab - 51765 - int(self.is_multilingual)
+        spellings = [language] if language is None else [language, re.split("[-_]", language)[0]]  # datasets name locales too: pt-BR
+        for spelling in spellings:
             try:
-                self._tokenizers[language] = get_tokenizer(self.is_multilingual, num_languages=languages, language=language, task="transcribe")
-            except ValueError as error:
-                raise ModelError(f"Whisper does not know the language '{language}' that the dataset names") from error
-        tokenizer = self._tokenizers[language]
-        return [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(" " + text.strip())][: self.dims.n_text_ctx]
+                return get_tokenizer(self.is_multilingual, num_languages=known, language=spelling, task="transcribe")
+            except ValueError:
+                continue
+        raise ModelError(f"Whisper does not know the language '{language}' that the dataset names")
 
     def header(self) -> dict[str, Any]:
         """What a store's header says of the model."""
@@ -81,24 +90,28 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     """
     target = choose_device(device)
     path = _checkpoint_path(name)
-    data = path.read_bytes()
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         dims = ModelDimensions(**checkpoint["dims"])
         weights = {key: value.float() for key, value in checkpoint["model_state_dict"].items()}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes the reader fail in any way: IndexError, OSError, UnpicklingError, ...
         raise ModelError(f"{path} is not a checkpoint in openai-whisper's format ('dims' and 'model_state_dict')") from error
     module = _build(dims, weights, path)
-    return LoadedModel(name, hashlib.sha256(data).hexdigest(), dims, module.eval().requires_grad_(False).to(target), target)
+    return LoadedModel(name, sha256, dims, module.eval().requires_grad_(False).to(target), target)
 
 
 def choose_device(device: str) -> torch.device:
     """`auto` is CUDA where there is one. Raises ModelError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ModelError(f"--device {device} is none of auto, cpu, cuda")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ModelError(f"there is no CUDA device for --device {device}: use --device cpu")
-    return torch.device(device)
+    return chosen
 
 
 def _checkpoint_path(name: str) -> Path:
@@ -128,8 +141,11 @@ def _build(dims: ModelDimensions, weights: dict[str, Tensor], path: Path) -> nn.
 
 
 def log_mel(audio: np.ndarray, model: LoadedModel) -> Tensor:
-    """Whisper's input for one clip of at most 30 s: [n_mels, 3000], padded with silence as `whisper.pad_or_trim` does."""
-    padded = torch.zeros(N_SAMPLES)
+    """Whisper's input for one clip: [n_mels, 2 * n_audio_ctx], padded with silence as `whisper.pad_or_trim` does (30 s: [n_mels, 3000]).
+
+    audio: float32 [n_samples] at 16 kHz, no longer than the model's window.
+    """
+    padded = torch.zeros(model.dims.n_audio_ctx * SAMPLES_PER_FRAME)
     padded[: len(audio)] = torch.from_numpy(audio)
     return log_mel_spectrogram(padded, n_mels=model.dims.n_mels, device=model.device)
 
@@ -142,7 +158,7 @@ class _DeepestReached(Exception):
 def capture(model: LoadedModel, mel: Tensor, sites: Sequence[Site], tokens: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
     """The outputs of `sites` for a batch: site -> fp32 [batch, positions, width], padding included.
 
-    mel: [batch, n_mels, 3000]. tokens: decoder input of each clip, needed for decoder sites; shorter ones are filled up at the end,
+    mel: [batch, n_mels, 2 * n_audio_ctx]. tokens: decoder input of each clip, needed for decoder sites; shorter ones are filled up at the end,
     which a causal decoder does not see. An attention module gives its output, not its weights.
     Raises ModelError for decoder sites without a decoder or without tokens.
     """
