@@ -1,7 +1,9 @@
 """Loading a Whisper, and the capture forward against openai-whisper's own."""
 
+import hashlib
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,9 +270,6 @@ def test_a_language_that_whisper_does_not_know_is_refused_where_it_matters(tiny,
 
 
 def test_the_header_names_the_file_by_its_hash(tiny, tmp_path):
-    import hashlib
-    from pathlib import Path
-
     assert tiny.header()["sha256"] == hashlib.sha256(Path(tiny.name).read_bytes()).hexdigest()
     assert json.loads(json.dumps(tiny.header()))["dims"]["n_audio_state"] == 32
 
@@ -320,7 +319,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tiny, tmp_path, monkeypatc
     if content in made:
         torch.save(made[content], path)
     else:
-        path.write_bytes({"text": b"this is no checkpoint\n" * 99, "empty": b"", "truncated": open(tiny.name, "rb").read()[:5000]}[content])
+        path.write_bytes({"text": b"this is no checkpoint\n" * 99, "empty": b"", "truncated": Path(tiny.name).read_bytes()[:5000]}[content])
     with pytest.raises(ModelError, match=re.escape(str(path))) as refusal:
         load_model(str(path), "cpu")
     assert "\n" not in str(refusal.value)
@@ -328,7 +327,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tiny, tmp_path, monkeypatc
 
 
 def test_a_model_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ModelError, match="there is no model 'tinny': give a checkpoint file or one of .*tiny.en"):
+    with pytest.raises(ModelError, match=r"there is no model 'tinny': give a checkpoint file or one of .*tiny\.en"):
         load_model("tinny", "cpu")
 
 
