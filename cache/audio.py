@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
-import soundfile
-import soxr
 
+from cache.decode import decode, header_samples
 from cache.errors import SourceError
 from cache.header import SAMPLE_RATE
 from cache.plan import SAMPLES_PER_FRAME, SkippedSource, SourceItem
@@ -27,10 +26,6 @@ UNREADABLE_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".wma")
 TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 LANGUAGE_COLUMNS = ("language", "lang", "locale")
-UNKNOWN_LENGTH = 2**63 - 1
-"""What libsndfile reports where a header does not say how long the audio is."""
-ROUNDING_SAMPLES = 2
-"""A resampled clip may differ this much from the length computed from its header."""
 
 
 class Source(Protocol):
@@ -83,55 +78,6 @@ def load_clip(store: ActivationStore, clip: int, source: Source | None = None) -
     row = {name: store.clips[name][clip].as_py() for name in ("source", "source_row", "start_s", "duration_s")}
     source = source or reopen_source(store.header.dataset)
     return source.read(row["source"], row["source_row"], row["start_s"], round(row["duration_s"] * SAMPLE_RATE))
-
-
-# Decoding
-
-
-def header_samples(file: str | Path | io.BytesIO) -> int:
-    """Length in samples at 16 kHz, from the header alone. Raises SourceError if it is no readable audio."""
-    try:
-        info = soundfile.info(file)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise SourceError(_why(error, file)) from error
-    if info.frames >= UNKNOWN_LENGTH or info.samplerate < 1:
-        raise SourceError("its header does not say how long it is")
-    return info.frames * SAMPLE_RATE // info.samplerate
-
-
-def decode(file: str | Path | io.BytesIO, start_s: float, n_samples: int, tolerance: int = ROUNDING_SAMPLES) -> np.ndarray:
-    """Decodes, mixes to mono, resamples: float32 [n_samples] at 16 kHz from `start_s`.
-
-    tolerance: samples that may lack at the end and are filled with zeros.
-    Raises SourceError if the audio is unreadable, shorter than asked for, or not finite.
-    """
-    try:
-        with soundfile.SoundFile(file) as sound:
-            rate = sound.samplerate
-            sound.seek(min(round(start_s * rate), sound.frames))
-            samples = sound.read(-(-n_samples * rate // SAMPLE_RATE), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        raise SourceError(_why(error, file)) from error
-    mono = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
-    if not np.isfinite(mono).all():
-        raise SourceError("it has NaN or infinite samples")
-    if rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, rate, SAMPLE_RATE)
-    if len(mono) < n_samples - tolerance:
-        raise SourceError(
-            f"it ends after {start_s + len(mono) / SAMPLE_RATE:.2f} s; its header says {start_s + n_samples / SAMPLE_RATE:.2f} s or more"
-        )
-    return np.pad(mono[:n_samples], (0, max(0, n_samples - len(mono))))
-
-
-def _why(error: Exception, file: str | Path | io.BytesIO) -> str:
-    if not isinstance(file, io.BytesIO) and not Path(file).exists():
-        return "there is no such file"
-    if isinstance(error, soundfile.LibsndfileError):
-        return f"it can't be decoded ({error.error_string.rstrip('.')})"
-    if isinstance(error, OSError):
-        return f"it can't be read ({error.strerror or error})"
-    return "it can't be decoded (no format that libsndfile knows: convert it to FLAC)"
 
 
 def _split_columns(row: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _run(name: str, arguments: list[str]) -> int:
         print(json.dumps(result, default=str) if as_json else command.summary(result), flush=True)
         return getattr(command, "status", lambda result: 0)(result)
     except HearsaeError as error:
-        print(f"hearsae: {error}", file=sys.stderr)
+        print(f"hearsae: {' '.join(str(error).split())}", file=sys.stderr)  # one line, though a file's name may have several
     except KeyboardInterrupt:
         print("hearsae: interrupted; what was committed stays, and the same command goes on from there", file=sys.stderr)
     except BrokenPipeError:
