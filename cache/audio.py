@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.decode import decode, header_samples
@@ -154,21 +155,34 @@ class AudioFolder:
 
 
 def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".jsonl":
-        rows: Any = _json_lines(path)
-    elif path.suffix == ".csv":
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [(f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(file), start=2)]
-    else:
-        rows = [(f"{path}, row {number}", row) for number, row in enumerate(pq.read_table(path).to_pylist())]
-    for where, row in rows:
+    read = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
+    for where, row in read(path):
         if not row.get("file_name"):
             raise SourceError(f"{where}: there is no file_name")
         yield row
 
 
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"{path} can't be read: {_first_line(error)}") from error
+    for number, row in enumerate(rows):
+        yield f"{path}, row {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for number, row in enumerate(csv.DictReader(file), start=2):
+                yield f"{path}:{number}", {name: value for name, value in row.items() if name is not None}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{path} can't be read: {error}") from error
+
+
 def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, object) for each line that is not blank."""
+    number = 0
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -176,11 +190,17 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise SourceError(f"{path}:{number}: not a JSON object")
+                    if "\\ud" in line.lower():
+                        json.dumps(row, ensure_ascii=False).encode()  # refuses halves of surrogate pairs, which JSON allows and nobody can store
                     yield f"{path}:{number}", row
+    except UnicodeEncodeError as error:
+        raise SourceError(f"{path}:{number}: not Unicode text (half a surrogate pair)") from error
     except json.JSONDecodeError as error:
         raise SourceError(f"{path}:{number}: not JSON ({error.msg})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path} can't be read: {error}") from error
+    except (RecursionError, ValueError) as error:  # nested without end, numbers of thousands of digits, bytes that are not UTF-8
+        raise SourceError(f"{path}:{number}: can't be read ({error})") from error
+    except OSError as error:
+        raise SourceError(f"{path} can't be read: {error.strerror or error}") from error
 
 
 def _stays_inside(source: str) -> bool:

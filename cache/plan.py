@@ -211,6 +211,15 @@ def plan_hash(plan: Plan) -> str:
 
 def _column(values: list[Any]) -> pa.Array:
     try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):  # a column of mixed types stays readable as text
-        return pa.array([None if value is None else str(value) for value in values], pa.string())
+        column = pa.array(values)
+        if not _has_empty_struct(column.type):
+            return column
+    except (pa.ArrowException, OverflowError):
+        pass
+    # A column of mixed types, of numbers without end, or of what Parquet lacks, stays readable as text.
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
+
+
+def _has_empty_struct(kind: pa.DataType) -> bool:
+    inner = [kind.field(i).type for i in range(kind.num_fields)]
+    return (pa.types.is_struct(kind) and not inner) or any(map(_has_empty_struct, inner))
