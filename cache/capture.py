@@ -16,7 +16,7 @@ import torch
 
 from cache.audio import Source, open_source, reopen_source
 from cache.errors import HearsaeError, ModelError, SourceError
-from cache.header import Header
+from cache.header import FRAME_SECONDS, Header
 from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
 from cache.plan import Plan, make_plan
 from cache.sites import Site, match_sites
@@ -89,10 +89,9 @@ def plan_capture(config: CaptureConfig, model: LoadedModel) -> tuple[Source, Pla
     """Reads headers and plans; computes nothing. Raises HearsaeError for sites, text or audio that are not there."""
     sites = match_sites(config.sites, model.dims_dict, model.has_decoder)
     source = open_source(config.dataset, config.split, config.subset, config.streaming)
-    window_s = model.dims.n_audio_ctx * 0.02
     plan = make_plan(
         islice(source.items(), config.limit),
-        clip_seconds=min(config.clip_seconds, window_s) if config.clip_seconds <= 30 else config.clip_seconds,
+        clip_seconds=min(config.clip_seconds, model.dims.n_audio_ctx * FRAME_SECONDS) if config.clip_seconds <= 30 else config.clip_seconds,
         shard_rows=config.shard_rows,
         chunk_rows=config.chunk_rows,
         seed=config.seed,
@@ -186,12 +185,18 @@ class Worker:
             first_row = self.store.axis(site_name).shard_rows
             for clip, of_clip in zip(audio, values, strict=True):
                 span = self.store.planned_span(axis, clip)
-                kept = of_clip[: span.stop - span.start].cpu().numpy().astype(self.store.header.dtype)
+                values_32 = of_clip[: span.stop - span.start].cpu().numpy()
+                with np.errstate(over="ignore"):  # looked for below
+                    kept = values_32.astype(self.store.header.dtype)
                 if not np.isfinite(kept).all():
-                    raise HearsaeError(
-                        f"{site_name} has values that {self.store.header.dtype} can't hold (clip {clip}): use --dtype float32 and another --out"
-                    )
+                    raise _not_kept(site_name, clip, np.isfinite(values_32).all(), self.store.header.dtype)
                 rows[site_name][span.start % first_row :][: len(kept)] = kept
+
+
+def _not_kept(site: str, clip: int, is_too_large: bool, dtype: str) -> HearsaeError:
+    if is_too_large:
+        return HearsaeError(f"{site} has values that {dtype} can't hold (clip {clip}): use --dtype float32 and another --out")
+    return ModelError(f"{site} has NaN or infinite values (clip {clip}): the model's weights are damaged")
 
 
 def capture_in_process(config: CaptureConfig, pending: Iterable[int]) -> Iterable[ShardResult]:

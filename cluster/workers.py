@@ -34,13 +34,14 @@ class WorkerOptions:
     """Work in this process, without Ray."""
     workers: int | None = None
     """Worker processes; default: one per core (or per GPU)."""
-    gpus_per_worker: float = 0.0
-    """GPUs that each worker gets."""
+    gpus_per_worker: float | None = None
+    """GPUs that each worker gets; default: one for a worker that can use it, where there are any."""
 
 
-def map_shards(make: Make[Result], shards: Sequence[int], options: WorkerOptions) -> Iterator[Result]:
+def map_shards(make: Make[Result], shards: Sequence[int], options: WorkerOptions, uses_gpu: bool = False) -> Iterator[Result]:
     """Yields the result of every shard as it is done, in any order.
 
+    uses_gpu: a worker can make use of a GPU.
     Raises the HearsaeError that a shard raised; the other shards in flight are then given up, what they committed stays.
     """
     if options.workers is not None and options.workers < 1:
@@ -53,7 +54,7 @@ def map_shards(make: Make[Result], shards: Sequence[int], options: WorkerOptions
             yield function(shard)
     else:
         with session(options):
-            yield from _on_ray(make, shards, options)
+            yield from _on_ray(make, shards, options, uses_gpu)
 
 
 class _ShardWorker:
@@ -89,9 +90,11 @@ def session(options: WorkerOptions) -> Iterator[None]:
             ray.shutdown()
 
 
-def _on_ray(make: Make[Result], shards: Sequence[int], options: WorkerOptions) -> Iterator[Result]:
+def _on_ray(make: Make[Result], shards: Sequence[int], options: WorkerOptions, uses_gpu: bool) -> Iterator[Result]:
     ray = _import_ray()
-    actor = ray.remote(num_cpus=1, num_gpus=options.gpus_per_worker)(_ShardWorker)
+    resources = ray.cluster_resources()
+    gpus = options.gpus_per_worker if options.gpus_per_worker is not None else float(uses_gpu and resources.get("GPU", 0) >= 1)
+    actor = ray.remote(num_cpus=1, num_gpus=gpus)(_ShardWorker)
     shared = ray.put(make)
     waiting, deaths = list(reversed(shards)), Counter[int]()
     running: dict[Any, tuple[int, Any]] = {}
@@ -101,7 +104,7 @@ def _on_ray(make: Make[Result], shards: Sequence[int], options: WorkerOptions) -
             shard = waiting.pop()
             running[worker.run.remote(shard)] = (shard, worker)
 
-    for _ in range(min(len(shards), options.workers or _slots(ray, options))):
+    for _ in range(min(len(shards), options.workers or _slots(resources, gpus))):
         give(actor.remote(shared))
     while running:
         (done,), _ = ray.wait(list(running), num_returns=1)
@@ -142,11 +145,11 @@ def _start(ray: Any, options: WorkerOptions) -> None:
         raise HearsaeError(f"{where} ({str(error).splitlines()[0]}); --no-ray works in this process") from error
 
 
-def _slots(ray: Any, options: WorkerOptions) -> int:
-    resources = ray.cluster_resources()
+def _slots(resources: dict[str, float], gpus: float) -> int:
+    """How many workers fit into the cluster at once."""
     slots = int(resources.get("CPU", 1))
-    if options.gpus_per_worker:
-        slots = min(slots, int(resources.get("GPU", 0) / options.gpus_per_worker))
+    if gpus:
+        slots = min(slots, int(resources.get("GPU", 0) / gpus))
         if not slots:
-            raise HearsaeError(f"there is no GPU on this cluster for --gpus-per-worker {options.gpus_per_worker:g}")
+            raise HearsaeError(f"there is no GPU on this cluster for --gpus-per-worker {gpus:g}")
     return max(1, slots)

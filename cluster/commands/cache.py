@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from cache.capture import CaptureConfig, Worker, plan_capture, prepare, summarise
@@ -55,13 +56,16 @@ def run_capture(config: CaptureConfig, workers: WorkerOptions) -> dict[str, Any]
     start = time.perf_counter()
     prepared = prepare(config)
     shards = list(prepared.pending)
-    frames = {shard: sum(prepared.store.clips["n_frames"].to_pylist()[clip] for clip in prepared.store.shard_clips(shard)) for shard in shards}
+    clips = prepared.store.clips
+    frames = np.bincount(clips["shard"].to_numpy(), weights=clips["n_frames"].to_numpy())
     make: Make[Any] = partial(_worker, config)
     results = []
-    with tqdm(total=sum(frames.values()), desc="capture", unit="frame", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        for result in map_shards(make, shards, workers):
+    with tqdm(
+        total=int(frames[shards].sum()), desc="capture", unit="frame", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
+    ) as bar:
+        for result in map_shards(make, shards, workers, uses_gpu=config.device != "cpu"):
             results.append(result)
-            bar.update(frames[result.shard])
+            bar.update(int(frames[result.shard]))
     return summarise(prepared, results, time.perf_counter() - start)
 
 
