@@ -107,7 +107,7 @@ class AudioFolder:
         self.root, self.split = root, split
         if not root.is_dir():
             raise SourceError(f"there is no folder {root}")
-        if split is not None and not (root / split).is_dir():
+        if split is not None and not (_stays_inside(split) and (root / split).is_dir()):
             folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
             raise SourceError(f"{root} has no split '{split}'" + (f"; it has: {', '.join(folders)}" if folders else ""))
 

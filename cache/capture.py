@@ -87,6 +87,10 @@ class ShardResult(NamedTuple):
 
 def plan_capture(config: CaptureConfig, model: LoadedModel) -> tuple[Source, Plan, list[Site]]:
     """Reads headers and plans; computes nothing. Raises HearsaeError for sites, text or audio that are not there."""
+    for name in ("limit", "batch"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise HearsaeError(f"--{name} {value} must be at least 1")
     sites = match_sites(config.sites, model.dims_dict, model.has_decoder)
     source = open_source(config.dataset, config.split, config.subset, config.streaming)
     plan = make_plan(

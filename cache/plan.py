@@ -99,11 +99,15 @@ def make_plan(
 
     Raises HearsaeError where there is nothing to plan or the settings contradict each other.
     """
-    clip_samples = round(clip_seconds * 16000)
-    if not 0 < clip_seconds <= 30 or clip_samples < SAMPLES_PER_FRAME:
+    if not SAMPLES_PER_FRAME / 16000 <= clip_seconds <= 30:
         raise HearsaeError(f"--clip-seconds {clip_seconds:g} is not between 0.02 and 30, Whisper's window")
-    if chunk_rows < 1 or (shard_rows is not None and (shard_rows < 1 or shard_rows % chunk_rows)):
+    if chunk_rows < 1:
+        raise HearsaeError(f"--chunk-rows {chunk_rows} must be at least 1")
+    if shard_rows is not None and (shard_rows < 1 or shard_rows % chunk_rows):
         raise HearsaeError(f"--shard-rows {shard_rows} is not a positive multiple of --chunk-rows {chunk_rows}")
+    if seed < 0:
+        raise HearsaeError(f"--seed {seed} is negative")
+    clip_samples = round(clip_seconds * 16000)
 
     sources: list[SourceItem] = []
     skipped: list[SkippedSource] = []

@@ -70,6 +70,9 @@ def match_sites(patterns: Iterable[str], dims: dict[str, int], has_decoder: bool
     Raises HearsaeError for a pattern that matches nothing, with the names that come close, and for one that matches
     decoder sites only when the checkpoint has no decoder.
     """
+    patterns = list(patterns)
+    if not patterns:
+        raise HearsaeError("--sites names no site: give at least one site or pattern")
     every = all_sites(dims)
     chosen: set[Site] = set()
     for pattern in patterns:
