@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
 
@@ -62,7 +63,8 @@ def _run(name: str, arguments: list[str]) -> int:
         command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
         command = tyro.cli(command_class, prog=f"hearsae {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
         as_json = command.json
-        result = command.run()
+        with redirect_stdout(sys.stderr):  # what libraries have to say (Ray, of a worker that died) is not the answer
+            result = command.run()
         print(json.dumps(result, default=str) if as_json else command.summary(result), flush=True)
         return getattr(command, "status", lambda result: 0)(result)
     except HearsaeError as error:
