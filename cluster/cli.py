@@ -39,18 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _help() -> str:
     lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: hearsae COMMAND [options]",
-            "",
-            "What a speech model has learnt.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "hearsae COMMAND --help shows its options.",
-        ]
-    )
+    head = ["usage: hearsae COMMAND [options]", "", "What a speech model has learnt.", "", "commands:"]
+    return "\n".join([*head, *lines, "", "hearsae COMMAND --help shows its options."])
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -58,14 +48,12 @@ def _run(name: str, arguments: list[str]) -> int:
 
     from cache.errors import HearsaeError
 
-    as_json = "--json" in arguments
     try:
         command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
         command = tyro.cli(command_class, prog=f"hearsae {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-        as_json = command.json
         with redirect_stdout(sys.stderr):  # what libraries have to say (Ray, of a worker that died) is not the answer
             result = command.run()
-        print(json.dumps(result, default=str) if as_json else command.summary(result), flush=True)
+        print(json.dumps(result, default=str) if command.json else command.summary(result), flush=True)
         return getattr(command, "status", lambda result: 0)(result)
     except HearsaeError as error:
         print(f"hearsae: {' '.join(str(error).split())}", file=sys.stderr)  # one line, though a file's name may have several

@@ -48,7 +48,7 @@ class Query(Output):
         rows = result["rows"]
         if not rows:
             return "this feature is never active in the scanned rows" if self.feature is not None else "no feature is active there"
-        columns = [c for c in ("kind", "bin", "rank", "feature", "value", "z", "density", "source", "start_s", "text") if c in rows[0]]
+        columns = [c for c in ("kind", "bin", "rank", "feature", "value", "z", "density", "source", "start_s", "frame", "text") if c in rows[0]]
         cells = [columns, *([_cell(row[c]) for c in columns] for row in rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
