@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from cache.decode import decode, header_samples
 from cache.errors import SourceError
 from cache.header import SAMPLE_RATE
+from cache.hub import offline_without_network, quiet
 from cache.plan import SAMPLES_PER_FRAME, SkippedSource, SourceItem
 from cache.store import ActivationStore
 
@@ -51,6 +52,8 @@ def open_source(spec: str, split: str | None = None, subset: str | None = None, 
     Raises SourceError if there is nothing of the kind.
     """
     path = Path(spec)
+    if not spec:
+        raise SourceError("--dataset names nothing")
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return Manifest(path)
     if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
@@ -197,7 +200,9 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise SourceError(f"{path}:{number}: not Unicode text (half a surrogate pair)") from error
     except json.JSONDecodeError as error:
         raise SourceError(f"{path}:{number}: not JSON ({error.msg})") from error
-    except (RecursionError, ValueError) as error:  # nested without end, numbers of thousands of digits, bytes that are not UTF-8
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
+    except (RecursionError, ValueError) as error:  # nested without end, numbers of thousands of digits
         raise SourceError(f"{path}:{number}: can't be read ({error})") from error
     except OSError as error:
         raise SourceError(f"{path} can't be read: {error.strerror or error}") from error
@@ -249,7 +254,7 @@ class Manifest:
                 yield SourceItem(source, number, n_samples, offset_samples=start, **_split_columns(row))
             except SourceError as error:
                 yield SkippedSource(source, number, str(error))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise SourceError(f"{where}: offset and duration must be numbers of seconds") from error
 
     def _file(self, source: str) -> Path:
@@ -289,14 +294,16 @@ class HubDataset:
 
         datasets.disable_progress_bars()
         try:
-            if (Path(self.path) / "state.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
-                loaded = datasets.load_from_disk(self.path)
-                if self.streaming and isinstance(loaded, datasets.Dataset):
-                    loaded = loaded.to_iterable_dataset()
-            elif self.path.endswith(".parquet"):
-                loaded = datasets.load_dataset("parquet", data_files=self.path, streaming=self.streaming)
-            else:
-                loaded = datasets.load_dataset(self.path, self.subset, streaming=self.streaming)
+            with quiet():
+                if (Path(self.path) / "state.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
+                    loaded = datasets.load_from_disk(self.path)
+                    if self.streaming and isinstance(loaded, datasets.Dataset):
+                        loaded = loaded.to_iterable_dataset()
+                elif self.path.endswith(".parquet"):
+                    loaded = datasets.load_dataset("parquet", data_files=self.path, streaming=self.streaming)
+                else:
+                    with offline_without_network():
+                        loaded = datasets.load_dataset(self.path, self.subset, streaming=self.streaming)
         except Exception as error:  # the library raises many kinds for "there is none" and "no network"
             raise SourceError(f"the dataset '{self.path}' can't be loaded: {_first_line(error)}") from error
         if isinstance(loaded, dict):
@@ -305,6 +312,8 @@ class HubDataset:
             if self.split is not None and self.split not in loaded:
                 raise SourceError(f"the dataset '{self.path}' has no split '{self.split}'; it has: {', '.join(loaded)}")
             loaded = loaded[self.split or next(iter(loaded))]
+        elif self.split not in (None, str(loaded.split)):
+            raise SourceError(f"the dataset '{self.path}' has no split '{self.split}': it is a single one, leave --split out")
         return loaded
 
     def _audio_column(self) -> str:
@@ -313,6 +322,9 @@ class HubDataset:
         features = self._data.features or {}
         for name, feature in features.items():
             if isinstance(feature, datasets.Audio) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()):
+                return name
+        for name, feature in features.items():
+            if getattr(feature, "dtype", None) in ("binary", "large_binary"):  # whole files
                 return name
         raise SourceError(f"the dataset '{self.path}' has no audio column; its columns are: {', '.join(features) or 'unknown'}")
 

@@ -17,6 +17,8 @@ from cache.errors import HearsaeError
 
 SAMPLES_PER_FRAME = 320
 LARGEST_SHARD_ROWS = 65536
+LONGEST_SOURCE_HOURS = 24 * 31
+"""More comes from a damaged header, or a duration in the wrong unit."""
 SHARDS_TO_SHARE = 32
 """A set too small for this many of the largest shards gets smaller ones, so that there are enough to share out."""
 
@@ -116,6 +118,11 @@ def make_plan(
             skipped.append(item)
         elif item.n_samples < 1:
             skipped.append(SkippedSource(item.source, item.source_row, "it has no samples"))
+        elif item.n_samples > LONGEST_SOURCE_HOURS * 3600 * 16000:
+            hours = item.n_samples / (3600 * 16000)
+            skipped.append(
+                SkippedSource(item.source, item.source_row, f"it announces {hours:.3g} hours: no more than {LONGEST_SOURCE_HOURS} are read")
+            )
         else:
             sources.append(item)
     if not sources:
