@@ -1,6 +1,6 @@
 """The main job on real speech, step by step: wall time and peak memory of every command, on the data set taken once or several times over.
 
-    python benchmarks/main_job.py --assets DIR --out /tmp/main_job [--times 1 4] [--rows 1000000] [--no-ray]
+    python benchmarks/main_job.py --assets DIR --out /tmp/main_job [--times 1 4] [--rows 1000000] [--shard-rows 8192] [--no-ray]
 
 DIR holds speech/ (an audio folder with splits train and test) and whisper/tiny.en.encoder.pt. Memory is that of the command and all its
 processes (proportional set size, sampled twice a second), so shared pages count once. `--times 4` lists every training file four times
@@ -61,11 +61,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--times", type=int, nargs="+", default=[1])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--model", type=Path, help="default: whisper/tiny.en.encoder.pt of the assets")
+    parser.add_argument("--shard-rows", type=int, help="default: as the plan chooses, more for larger sets")
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--steps", nargs="+", default=["cache", "train", "evaluate", "scan", "explore"])
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     in_process = ["--no-ray"] if options.no_ray else []
+    shards = ["--shard-rows", str(options.shard_rows)] if options.shard_rows else []
+    model = options.model or options.assets / "whisper/tiny.en.encoder.pt"
 
     def step(name: str, arguments: list[str], say) -> None:
         if name.split()[0] in options.steps:
@@ -78,7 +82,7 @@ def main() -> None:
         out.mkdir(exist_ok=True)
         for split, repeated in (("train", times), ("test", 1)):
             source = manifest(options.assets / "speech", split, repeated, out / f"{split}.jsonl")
-            capture = ["cache", "--dataset", str(source), "--model", str(options.assets / "whisper/tiny.en.encoder.pt"), "--sites", *SITES]
+            capture = ["cache", "--dataset", str(source), "--model", str(model), *shards, "--sites", *SITES]
             step(f"cache {split}", [*capture, "--out", f"{out}/{split}.zarr", *in_process], lambda r: f"{r['clips']} clips, {r['frames']} frames")
         for rows in options.rows:
             sae = f"{out}/sae-{rows}"
