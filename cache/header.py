@@ -73,9 +73,28 @@ def read_header(path: Path) -> Header:
         raise StoreError(f"there is no activation store at {path}") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise StoreError(f"{path} is not a hearsae activation store") from error
-    if data.get("format") != FORMAT:
-        raise StoreError(f"{path} has store format {data.get('format')}; this hearsae reads format {FORMAT}")
-    return Header.from_json(data)
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise StoreError(f"{path} has store format {found}; this hearsae reads format {FORMAT}")
+    try:
+        header = Header.from_json(data)
+        _check(header)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path / 'zarr.json'} is damaged: its header can't be read") from error
+    return header
+
+
+def _check(header: Header) -> None:
+    """Raises one of the errors of missing or misshapen values if the header lacks what every reader relies on."""
+    header.identity()
+    if not {"name", "sha256", "dims", "has_decoder"} <= header.model.keys() or not isinstance(header.dataset, dict):
+        raise ValueError
+    for site in header.sites.values():
+        if site["axis"] not in header.axes or site["width"] < 1:
+            raise ValueError
+    for axis in header.axes.values():
+        if min(axis) < 1 or axis.shard_rows % axis.chunk_rows:
+            raise ValueError
 
 
 def refuse_difference(path: Path, have: Header, want: Header) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -93,7 +94,9 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles: what can't be read is refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         dims = ModelDimensions(**checkpoint["dims"])
         weights = {key: value.float() for key, value in checkpoint["model_state_dict"].items()}
     except Exception as error:  # a damaged file makes the reader fail in any way: IndexError, OSError, UnpicklingError, ...
@@ -127,8 +130,16 @@ def _checkpoint_path(name: str) -> Path:
 
 
 def _build(dims: ModelDimensions, weights: dict[str, Tensor], path: Path) -> nn.Module:
+    sizes = asdict(dims)
+    if not all(isinstance(size, int) and size > 0 for size in sizes.values()) or dims.n_audio_state % dims.n_audio_head:
+        raise ModelError(f"{path} has dims that no Whisper can have: {sizes}")
+    is_whole = any(key.startswith("decoder.") for key in weights)
+    for key, shape in _telling_shapes(dims, is_whole).items():  # before there is a module: damaged dims may name any size
+        found = list(weights[key].shape) if key in weights else None
+        if found != shape:
+            raise ModelError(f"the weights in {path} do not fit its dims: {key} is {found or 'missing'}, and {shape} by its dims")
     module: nn.Module
-    if any(key.startswith("decoder.") for key in weights):
+    if is_whole:
         module = Whisper(dims)
     else:
         module = nn.Module()
@@ -136,8 +147,26 @@ def _build(dims: ModelDimensions, weights: dict[str, Tensor], path: Path) -> nn.
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ModelError(f"the weights in {path} do not fit its dims: {str(error).splitlines()[1].strip()}") from error
+        reason = str(error).splitlines()[1].strip()
+        raise ModelError(f"the weights in {path} do not fit its dims: {reason if len(reason) < 200 else reason[:200] + ' ...'}") from error
     return module
+
+
+def _telling_shapes(dims: ModelDimensions, is_whole: bool) -> dict[str, list[int]]:
+    """The weights whose shapes, taken together, confirm all of `dims` but the numbers of heads."""
+    audio, text = dims.n_audio_state, dims.n_text_state
+    shapes = {
+        "encoder.conv1.weight": [audio, dims.n_mels, 3],
+        "encoder.positional_embedding": [dims.n_audio_ctx, audio],
+        f"encoder.blocks.{dims.n_audio_layer - 1}.attn.query.weight": [audio, audio],
+    }
+    if is_whole:
+        shapes |= {
+            "decoder.token_embedding.weight": [dims.n_vocab, text],
+            "decoder.positional_embedding": [dims.n_text_ctx, text],
+            f"decoder.blocks.{dims.n_text_layer - 1}.attn.query.weight": [text, text],
+        }
+    return shapes
 
 
 def log_mel(audio: np.ndarray, model: LoadedModel) -> Tensor:

@@ -211,8 +211,11 @@ def _read_config(folder: Path, data: object) -> SaeConfig:
     try:
         config = SaeConfig(**values)
         whole = all(isinstance(n, int) for n in (config.d_in, config.d_sae, config.k)) and math.isfinite(config.scale)
+        named = isinstance(config.site, str) and isinstance(config.model_sha256, str)
     except TypeError as error:
         raise HearsaeError(f"{folder / CONFIG} is damaged: {error}") from None
     if not whole:
         raise HearsaeError(f"{folder / CONFIG} is damaged: its widths are no whole numbers or its scale is not finite")
+    if not named:
+        raise HearsaeError(f"{folder / CONFIG} is damaged: its site or its model is no text")
     return config

@@ -336,6 +336,8 @@ def _check(config: TrainConfig) -> None:
     for site in config.site:
         if not re.fullmatch(r"\w[\w.-]*", site):
             raise HearsaeError(f"'{site}' is no name of a site")
+    if not all(0 <= seed < 2**63 for seed in config.seed):
+        raise HearsaeError("--seed: each must be between 0 and 2^63 - 1")
     if config.arch == "relu" and len(config.k) > 1:
         raise HearsaeError("k has no effect on a relu SAE: leave --k out, and set --l1")
     if config.batch < 1 or config.rows < config.batch:
