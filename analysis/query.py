@@ -27,6 +27,8 @@ def feature_moments(scan: Scan, feature: int, kind: str | None = None, store: Ac
     store = store or ActivationStore.open(scan.info["store"])
     rows = [row for row in scan.examples(feature).to_pylist() if kind in (None, row["kind"])]
     rows.sort(key=lambda row: -KINDS.index(row["kind"]))
+    if any(not 0 <= row["clip"] < store.clips.num_rows for row in rows):
+        raise HearsaeError(f"{store.path} is not the store of the scan {scan.path}: the scan names clips that it does not have")
     clips = store.clips.select(["source", "speaker"]).take(pa.array([row["clip"] for row in rows], pa.int64())).to_pylist()
     return [row | clip for row, clip in zip(rows, clips, strict=True)]
 

@@ -12,6 +12,7 @@ frames are examples; in a (feature, kind, bin) no clip comes twice. A range is h
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SCAN, FEATURES, EXAMPLES = "scan.json", "features.parquet", "examples.parquet"
+INFO = {"store": str, "features": str, "site": str, "axis": str, "count": int, "rows": int, "options": dict, "model": dict}
+"""What readers take from scan.json."""
 KINDS = ("quantile", "range", "top")
 """Of examples, in the order in which they are sorted."""
 FEATURES_PER_GROUP = 64
@@ -62,15 +65,21 @@ class Scan:
             raise HearsaeError(f"{path / SCAN} is damaged ({error}): run 'hearsae scan' again") from error
         if found != FORMAT:
             raise HearsaeError(f"{path} has scan format {found}; this hearsae reads format {FORMAT}")
+        wrong = [name for name, kind in INFO.items() if not isinstance(info.get(name), kind)]
+        if wrong or "sha256" not in info["model"] or "seed" not in info["options"]:
+            raise HearsaeError(f"{path / SCAN} is damaged ({', '.join(wrong) or 'model or options'}): run 'hearsae scan' again")
         return cls(path, info)
 
     @cached_property
     def features(self) -> pa.Table:
         """`features.parquet`, whole."""
         try:
-            return pq.read_table(self.path / FEATURES)
+            table = pq.read_table(self.path / FEATURES)
         except (OSError, pa.ArrowException) as error:
             raise HearsaeError(f"{self.path / FEATURES} can't be read ({error}): run 'hearsae scan' again") from error
+        if table.num_rows != self.info["count"] or not {"density", "mean", "std", "hist_count"} <= set(table.column_names):
+            raise HearsaeError(f"{self.path / FEATURES} is not of this scan: run 'hearsae scan' again")
+        return table
 
     def examples(self, feature: int) -> pa.Table:
         """One feature's rows of `examples.parquet`; decodes one row group. Raises HearsaeError for a feature that does not exist."""
@@ -93,9 +102,11 @@ class Scan:
     @cached_property
     def _examples_file(self) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.path / EXAMPLES)
+            file = pq.ParquetFile(self.path / EXAMPLES)
         except (OSError, pa.ArrowException) as error:
             raise HearsaeError(f"{self.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
+        check_examples(self.path, file.schema_arrow.names)
+        return file
 
     @cached_property
     def _groups(self) -> tuple[np.ndarray, np.ndarray]:
@@ -103,6 +114,12 @@ class Scan:
         metadata = self._examples_file.metadata
         statistics = [metadata.row_group(i).column(0).statistics for i in range(metadata.num_row_groups)]
         return np.array([s.min for s in statistics], np.int64), np.array([s.max for s in statistics], np.int64)
+
+
+def check_examples(path: Path, columns: Sequence[str]) -> None:
+    """Raises HearsaeError if these are not the columns of `examples.parquet`."""
+    if columns[:1] != ["feature"] or not {"kind", "rank", "value", "clip", "frame", "text"} <= set(columns):
+        raise HearsaeError(f"{path / EXAMPLES} is not of a scan: run 'hearsae scan' again")
 
 
 # Writing

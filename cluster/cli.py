@@ -54,7 +54,10 @@ def _run(name: str, arguments: list[str]) -> int:
         with redirect_stdout(sys.stderr):  # what libraries have to say (Ray, of a worker that died) is not the answer
             result = command.run()
         print(json.dumps(result, default=str) if command.json else command.summary(result), flush=True)
-        return getattr(command, "status", lambda result: 0)(result)
+        bad = getattr(command, "complaint", lambda result: None)(result)
+        if bad:
+            print(f"hearsae: {bad}", file=sys.stderr)
+        return 1 if bad else 0
     except HearsaeError as error:
         print(f"hearsae: {' '.join(str(error).split())}", file=sys.stderr)  # one line, though a file's name may have several
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from analysis.explorer.datafiles import histogram, numbers, pack, sparkline, wri
 from analysis.explorer.folder import MARKER, copy_assets, staging_folder
 from analysis.explorer.traces import Traces, cut_traces
 from analysis.features import open_features
-from analysis.scan_folder import EXAMPLES, Scan
+from analysis.scan_folder import EXAMPLES, Scan, check_examples
 from cache.errors import HearsaeError
 from cache.header import software
 from cache.store import ActivationStore
@@ -168,9 +168,11 @@ def _open_part(name: str, scan: Scan, stores: dict[str, ActivationStore], moved_
 def _examples(scan: Scan) -> pa.Table:
     """All of them at once: `Scan.examples` reads a feature's, and would decode each row group for every feature in it."""
     try:
-        return pq.read_table(scan.path / EXAMPLES, read_dictionary=["kind", "text"])
+        table = pq.read_table(scan.path / EXAMPLES, read_dictionary=["kind", "text"])
     except (OSError, pa.ArrowException) as error:
         raise HearsaeError(f"{scan.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
+    check_examples(scan.path, table.column_names)
+    return table
 
 
 def _cut(part: _Part, progress: Progress) -> Traces:

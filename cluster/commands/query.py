@@ -38,11 +38,12 @@ class Query(Output):
             raise HearsaeError("ask for --feature N, or for --clip C --time T")
         if self.feature is not None:
             return {"rows": feature_moments(scan, self.feature, self.kind, store)}
+        if self.n < 1:
+            raise HearsaeError(f"--n {self.n} must be at least 1")
         if self.time is None:
             raise HearsaeError("--clip needs --time, in seconds into its source")
         features = open_features(scan.info["features"], store, scan.info["options"]["seed"])
-        clip = int(self.clip) if self.clip and self.clip.isdigit() else self.clip or ""
-        return {"rows": top_features(store, features, clip, self.time, self.n, scan)}
+        return {"rows": top_features(store, features, self.clip or "", self.time, self.n, scan)}
 
     def summary(self, result: dict[str, Any]) -> str:
         rows = result["rows"]

@@ -21,13 +21,12 @@ class Verify(Output):
         objects, bad = ActivationStore.open(self.store).verify()
         return {"ok": not bad, "objects": objects, "bad": [damage._asdict() for damage in bad]}
 
-    def status(self, result: dict[str, Any]) -> int:
-        return 0 if result["ok"] else 1
+    def complaint(self, result: dict[str, Any]) -> str | None:
+        if result["ok"]:
+            return None
+        return f"{self.store}: {len(result['bad'])} of {result['objects']} objects are damaged; 'hearsae repair {self.store}' makes room for them"
 
     def summary(self, result: dict[str, Any]) -> str:
         if result["ok"]:
             return f"{self.store}: all {result['objects']} objects are good"
-        lines = [f"  {bad['site']} shard {bad['shard']}: {bad['reason']}" for bad in result["bad"]]
-        return "\n".join(
-            [f"{self.store}: {len(lines)} of {result['objects']} objects are damaged", *lines, f"'hearsae repair {self.store}' makes room for them"]
-        )
+        return "\n".join(f"{bad['site']} shard {bad['shard']}: {bad['reason']}" for bad in result["bad"])
