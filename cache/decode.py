@@ -4,7 +4,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -22,6 +22,8 @@ UNKNOWN_BYTES = 0x7FFF0000
 MP3_LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")
 """One of them is in the first frame of an MP3 file that says how long it is."""
 MP3_FIRST_FRAME_BYTES = 2048
+MP3_TAIL_BYTES = 2048
+"""What may follow the last frame: an ID3v1 tag has 128."""
 ROUNDING_SAMPLES = 2
 """A resampled clip may differ this much from the length computed from its header."""
 LOUDEST = 1e9
@@ -40,7 +42,13 @@ def header_samples(file: File) -> int:
     _refuse_what_is_no_file(file)
     try:
         info = soundfile.info(file)
-        n_frames = _count_mp3_frames(file) if info.format == "MP3" and not _mp3_says_its_length(file) else _claimed_frames(info)
+        if info.format != "MP3":
+            n_frames = _claimed_frames(info)
+        elif isinstance(file, io.BytesIO):
+            n_frames = _mp3_frames(file, info)
+        else:
+            with open(file, "rb") as opened:
+                n_frames = _mp3_frames(opened, info)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         raise SourceError(_why(error)) from error
     if n_frames >= UNKNOWN_LENGTH:
@@ -84,30 +92,29 @@ def _claimed_frames(info: Any) -> int:
     return info.frames if not held or claimed >= UNKNOWN_BYTES else info.frames * claimed // held
 
 
-def _mp3_says_its_length(file: File) -> bool:
-    if isinstance(file, io.BytesIO):
-        return _has_mp3_length(file)
-    with open(file, "rb") as opened:
-        return _has_mp3_length(opened)
-
-
-def _has_mp3_length(file: Any) -> bool:
-    file.seek(0)
-    tag = file.read(10)
-    # An ID3v2 tag comes before the first frame; its length is in four bytes of 7 bits.
-    after_tag = 10 + sum(byte << 7 * (9 - i) for i, byte in enumerate(tag) if i > 5) if tag[:3] == b"ID3" else 0
-    file.seek(after_tag)
-    first_frame = file.read(MP3_FIRST_FRAME_BYTES)
-    file.seek(0)
-    return any(name in first_frame for name in MP3_LENGTH_TAGS)
-
-
-def _count_mp3_frames(file: File) -> int:
+def _mp3_frames(file: BinaryIO, info: Any) -> int:
+    """From the header, or counted where it gives none. Raises SourceError if libsndfile would stop before the end."""
+    if _has_mp3_length(file):
+        return info.frames
+    # libsndfile estimates from the first frame's bitrate. Where that is too much, reading tells; where it is too little, bytes are left over.
     count = 0
     with soundfile.SoundFile(file) as sound:
         while len(block := sound.read(1 << 16, dtype="float32")):
             count += len(block)
+    read = file.tell()
+    if file.seek(0, os.SEEK_END) - read > MP3_TAIL_BYTES:
+        raise SourceError("it is an MP3 file of varying bitrate that does not say its length: convert it to FLAC")
     return count
+
+
+def _has_mp3_length(file: BinaryIO) -> bool:
+    file.seek(0)
+    tag = file.read(10)
+    # An ID3v2 tag comes before the first frame; its length is in four bytes of 7 bits.
+    file.seek(10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(tag[6:10])) if tag[:3] == b"ID3" else 0)
+    first_frame = file.read(MP3_FIRST_FRAME_BYTES)
+    file.seek(0)
+    return any(name in first_frame for name in MP3_LENGTH_TAGS)
 
 
 def _refuse_what_is_no_file(file: File) -> None:

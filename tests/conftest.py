@@ -63,7 +63,7 @@ def fill_store(
     return ActivationStore.open(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_whisper() -> Callable[..., Path]:
     """`tiny_whisper(path, encoder_only=False, seed=0, **dims) -> path`: writes a small Whisper of random weights in openai-whisper's format."""
     return write_tiny_whisper
