@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from cache.audio import Source, open_source, reopen_source
+from cache.audio import Source, load_clip, open_source, reopen_source
 from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import FRAME_SECONDS, Header
 from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
@@ -155,7 +155,7 @@ class Worker:
             start = time.perf_counter()
             for clip in group:
                 try:
-                    audio[clip] = self._decode(clip)
+                    audio[clip] = load_clip(self.store, clip, self.source)
                 except SourceError as error:
                     skipped.append(self._skip(clip, error))
             seconds["decode"] += time.perf_counter() - start
@@ -170,10 +170,6 @@ class Worker:
             self.store.write_shard(site.name, shard, rows.pop(site.name), skipped, dict(seconds))
             seconds["write"] += time.perf_counter() - start
         return ShardResult(shard, frames, tuple(skipped), dict(seconds))
-
-    def _decode(self, clip: int) -> np.ndarray:
-        row = {name: self.store.clips[name][clip].as_py() for name in ("source", "source_row", "start_s", "duration_s")}
-        return self.source.read(row["source"], row["source_row"], row["start_s"], round(row["duration_s"] * 16000))
 
     def _skip(self, clip: int, error: SourceError) -> Skip:
         source, row = self.store.clips["source"][clip].as_py(), self.store.clips["source_row"][clip].as_py()
