@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from cache.audio import Source, load_clip, open_source, reopen_source
+from cache.audio import Source, load_clip, open_source
 from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import FRAME_SECONDS, Header
 from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
@@ -129,7 +129,8 @@ class Worker:
         if self.model.sha256 != self.store.header.model["sha256"]:
             raise ModelError(f"{config.model} changed since {config.out} was created")
         self.sites = {site.name: site for site in match_sites(config.sites, self.model.dims_dict, self.model.has_decoder)}
-        self.source = reopen_source(self.store.header.dataset)
+        # From where this run names it: the header remembers where it was when the store was created.
+        self.source = open_source(config.dataset, config.split, config.subset, config.streaming)
         self.batch = config.batch or BATCH[self.model.device.type]
 
     def run(self, shard: int) -> ShardResult:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache.errors import HearsaeError
-from cache.model import fast_matmul
+from cache.model import choose_device, fast_matmul
 from cache.store import ActivationStore, put
 from sae.checkpoint import Checkpoint, State, load_checkpoint, refuse_difference, save_checkpoint
 from sae.models import Dictionary, SaeConfig
@@ -121,7 +121,7 @@ def train(config: TrainConfig, stores: Sequence[ActivationStore] | None = None) 
     Raises HearsaeError for settings that can't work, stores that can't be read, and another run's output in `config.out`.
     """
     _check(config)
-    device = _device(config.device)
+    device = choose_device(config.device)
     stores = [ActivationStore.open(path) for path in config.store] if stores is None else stores
     stream = RowStream(stores, config.site, config.batch, config.stream_seed, buffer_bytes=config.buffer_mib << 20)
     identity = _identity(config, stream)
@@ -401,12 +401,6 @@ def _to_json(data: Any) -> bytes:
 
 
 # Round about the loop
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise HearsaeError("--device cuda: PyTorch finds no GPU here")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 @contextmanager

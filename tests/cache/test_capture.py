@@ -290,6 +290,18 @@ def test_what_cannot_be_read_is_skipped_with_its_reason(captured, clips, tiny, t
     assert again["skipped"] == 2 and again["shards_computed"] == 0
 
 
+def test_a_store_goes_on_after_its_dataset_moved(tiny, tmp_path):
+    folder, out = write_clips(tmp_path / "here" / "clips"), tmp_path / "acts.zarr"
+    store, _ = run(folder, tiny, out)
+    before = objects(out)
+    for record in (out / "commits" / RESIDUAL).iterdir():
+        record.unlink()
+    moved = folder.rename(tmp_path / "there")
+    _, summary = run(moved, tiny, out)
+    assert summary["shards_computed"] == store.axis(RESIDUAL).shards and summary["skipped"] == 0
+    assert objects(out) == before
+
+
 def test_strict_stops_at_what_cannot_be_read(tiny, tmp_path):
     folder = write_clips(tmp_path / "clips", (16000,))
     broken = np.full(8000, np.inf, np.float32)
