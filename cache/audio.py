@@ -1,9 +1,10 @@
-"""Where audio comes from: an audio folder, a `datasets` dataset, or a JSONL manifest.
+"""Where audio comes from: an audio folder, a `datasets` dataset, a JSONL manifest, or the speech that comes with hearsae.
 
 Planning reads headers only; a clip is decoded when its shard is captured, and again when somebody wants to hear it.
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache import micro
 from cache.decode import decode, header_samples
 from cache.errors import SourceError
 from cache.header import SAMPLE_RATE
@@ -47,13 +49,16 @@ class Source(Protocol):
 
 
 def open_source(spec: str, split: str | None = None, subset: str | None = None, streaming: bool = False) -> Source:
-    """Opens what `--dataset` names: a folder of audio, a folder saved by `datasets`, a `.jsonl` manifest, a `.parquet` file, or a dataset of the hub.
+    """Opens what `--dataset` names: `micro`, a folder of audio, one saved by `datasets`, a `.jsonl` manifest, a `.parquet` file, a dataset of the hub.
 
+    `micro` is the speech that comes with hearsae, also where there is a folder of that name: `./micro` is the folder.
     Raises SourceError if there is nothing of the kind.
     """
     path = Path(spec)
     if not spec:
         raise SourceError("--dataset names nothing")
+    if spec == micro.NAME:
+        return MicroSpeech(split)
     if path.suffix in (".jsonl", ".json") and path.is_file():
         return Manifest(path)
     if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
@@ -61,13 +66,15 @@ def open_source(spec: str, split: str | None = None, subset: str | None = None, 
     if path.is_file() and path.suffix != ".parquet":
         raise SourceError(f"{spec} is neither a folder, a .jsonl manifest nor a .parquet file")
     if not path.exists() and (path.is_absolute() or spec.startswith(".") or spec.count("/") > 1):
-        raise SourceError(f"there is no dataset at {spec}")
+        raise SourceError(f"there is no dataset at {spec} (--dataset {micro.NAME} comes with hearsae)")
     return HubDataset(spec, split, subset, streaming)
 
 
 def reopen_source(description: dict[str, Any]) -> Source:
     """The source that a store's header describes."""
     kind, values = description.get("kind"), {key: value for key, value in description.items() if key != "kind"}
+    if kind == "micro":
+        return MicroSpeech(**values)
     if kind == "audiofolder":
         return AudioFolder(Path(values["root"]), values["split"])
     if kind == "manifest":
@@ -155,6 +162,26 @@ class AudioFolder:
         if not _stays_inside(source):
             raise SourceError("its path leads out of the dataset's folder")
         return decode(self.root / source, start_s, n_samples)
+
+
+class MicroSpeech(AudioFolder):
+    """The speech that comes with hearsae.
+
+    A store remembers it by name, not by path, so another installation finds it too; and by what is spoken in it, so that one with other
+    speech says so instead of playing something else.
+    """
+
+    def __init__(self, split: str | None = None, sha256: str | None = None) -> None:
+        if not micro.SPEECH.is_dir():
+            raise SourceError(f"this installation of hearsae lacks the speech of micro ({micro.SPEECH}): install it again")
+        super().__init__(micro.SPEECH, split)
+        # Of the times of all words and phones: no two syntheses have the same.
+        self.sha256 = hashlib.sha256((micro.SPEECH / "alignments.jsonl").read_bytes()).hexdigest()
+        if sha256 not in (None, self.sha256):
+            raise SourceError("the speech of micro is another in this version of hearsae: capture it again")
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "micro", "split": self.split, "sha256": self.sha256}
 
 
 def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:

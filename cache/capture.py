@@ -31,9 +31,9 @@ class CaptureConfig:
     """Runs Whisper over a dataset and keeps activations in a store. The same command again finishes what is missing."""
 
     dataset: str
-    """Folder of audio, folder saved by `datasets`, .jsonl manifest, .parquet file, or a dataset of the Hugging Face hub."""
+    """micro (the speech inside hearsae), or a folder of audio (./micro), one saved by `datasets`, a .jsonl manifest, .parquet file or hub dataset."""
     model: str
-    """Name of an openai-whisper model, or a checkpoint file in its format."""
+    """micro (the toy inside hearsae), a name of openai-whisper (tiny.en, ...: downloads it), or a checkpoint file in its format (./micro)."""
     sites: tuple[str, ...]
     """Sites or patterns: encoder.blocks.2, 'encoder.blocks.*.mlp.1', ..."""
     out: Path

@@ -18,6 +18,7 @@ from whisper.audio import log_mel_spectrogram
 from whisper.model import AudioEncoder, ModelDimensions, Whisper
 from whisper.tokenizer import Tokenizer, get_tokenizer
 
+from cache import micro
 from cache.errors import ModelError
 from cache.plan import SAMPLES_PER_FRAME
 from cache.sites import Site
@@ -31,7 +32,7 @@ class LoadedModel:
     """A Whisper, or the encoder of one."""
 
     name: str
-    """As asked for: a name of `whisper.available_models()` or a path."""
+    """As asked for: a name of `model_names()` or a path."""
     sha256: str
     """Of the checkpoint file."""
     dims: ModelDimensions
@@ -84,9 +85,10 @@ class LoadedModel:
 
 
 def load_model(name: str, device: str = "auto") -> LoadedModel:
-    """Loads a model by name (downloaded and checked by openai-whisper) or from a checkpoint in openai-whisper's format.
+    """Loads a model by name (`micro` comes with hearsae, others are downloaded and checked by openai-whisper) or a checkpoint file.
 
-    A checkpoint may hold the encoder alone. Nothing is unpickled but tensors and plain values.
+    A file has openai-whisper's format and may hold the encoder alone. Nothing is unpickled but tensors and plain values. A name goes before
+    a file of that name in the working directory: `./micro` is the file.
     Raises ModelError if there is no such model or the file is not such a checkpoint.
     """
     target = choose_device(device)
@@ -117,16 +119,30 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def model_names() -> list[str]:
+    """What `load_model` knows by name."""
+    return [micro.NAME, *whisper.available_models()]
+
+
 def _checkpoint_path(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    if name not in whisper.available_models():
-        raise ModelError(f"there is no model '{name}': give a checkpoint file or one of {', '.join(whisper.available_models())}")
+    if name == micro.NAME:
+        if not micro.MODEL.is_file():
+            raise ModelError(f"this installation of hearsae lacks the model micro ({micro.MODEL}): install it again, or give a checkpoint file")
+        return micro.MODEL
+    if name in whisper.available_models():
+        return _download(name)
+    if not Path(name).is_file():
+        raise ModelError(f"there is no model '{name}': give a checkpoint file or one of {', '.join(model_names())}")
+    return Path(name)
+
+
+def _download(name: str) -> Path:
     folder = Path.home() / ".cache" / "whisper"
     try:
         return Path(whisper._download(whisper._MODELS[name], str(folder), in_memory=False))
     except (OSError, RuntimeError) as error:
-        raise ModelError(f"the model '{name}' can't be downloaded ({error}): give a checkpoint file with --model") from error
+        offline = f"--model {micro.NAME} comes with hearsae"
+        raise ModelError(f"the model '{name}' can't be downloaded ({error}): give a checkpoint file with --model; {offline}") from error
 
 
 def _build(dims: ModelDimensions, weights: dict[str, Tensor], path: Path) -> nn.Module:

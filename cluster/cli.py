@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 COMMANDS = {
-    "demo": ("Demo", "the whole story on real speech, ending with a page to open"),
+    "demo": ("Demo", "the whole story on the embedded speech, ending with a page to open"),
     "cache": ("Cache", "run Whisper over a dataset and keep activations in a store"),
     "info": ("Info", "what a store holds"),
     "verify": ("Verify", "read all of a store and name what is damaged"),

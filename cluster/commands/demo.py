@@ -1,6 +1,5 @@
 """`hearsae demo`."""
 
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 from analysis.explorer.export import export
 from analysis.scan import ScanOptions
 from cache.capture import CaptureConfig
-from cache.errors import HearsaeError
 from cache.store import ActivationStore
 from cluster.commands import Output, size
 from cluster.commands.cache import run_capture
@@ -21,44 +19,48 @@ from sae.models import load_dictionary
 from sae.train import TrainConfig, train
 
 RESIDUAL, NEURONS = "encoder.blocks.2", "encoder.blocks.2.mlp.1"
+EXPANSION = 8
+"""Latents per dimension of the residual stream."""
 
 
 @dataclass(frozen=True)
 class Demo(Output, WorkerOptions):
-    """The whole story on real speech: capture, train an SAE, evaluate it, find what neurons and latents respond to, write a page.
+    """The whole story: capture, train an SAE, evaluate it, find what neurons and latents respond to, write a page to look at and listen to.
 
-    Needs the folder of assets (speech with transcripts, and the encoder of Whisper tiny.en) that HEARSAE_ASSETS names.
+    Offline, on the toy Whisper and the synthesised speech that come with hearsae; or on any other that has the site encoder.blocks.2.
     """
 
     out: Path = Path("hearsae-demo")
     """Folder for everything that is made."""
+    dataset: str = "micro"
+    """Speech, as in `hearsae cache`."""
+    model: str = "micro"
+    """Whisper, as in `hearsae cache`."""
+    train_split: str = "train"
+    """Split to train on, and to find moments in."""
+    test_split: str = "test"
+    """Split of other speakers, to evaluate the SAE on."""
     rows: int = 1_000_000
     """Rows to train the SAE on."""
+    k: int = 32
+    """Latents of the SAE kept per row, on average."""
 
     def run(self) -> dict[str, Any]:
-        assets, start = find_assets(), time.perf_counter()
+        start = time.perf_counter()
         with session(self):
-            for split in ("train", "test"):
-                self._say(f"capturing {RESIDUAL} and {NEURONS} of Whisper tiny.en on the {split} speech")
-                capture = CaptureConfig(
-                    dataset=str(assets / "speech"),
-                    split=split,
-                    model=str(assets / "whisper" / "tiny.en.encoder.pt"),
-                    sites=(RESIDUAL, NEURONS),
-                    out=self.out / f"{split}.zarr",
-                )
-                done = run_capture(capture, self)
-                self._say(f"  {done['clips']} clips, {done['frames']} frames, {size(sum(site['bytes'] for site in done['sites'].values()))}")
+            train_store, test_store = (self._capture(split) for split in (self.train_split, self.test_split))
 
-            self._say(f"training an SAE of 3072 latents on {RESIDUAL}, {self.rows} rows")
-            (trained,) = train(TrainConfig(store=(self.out / "train.zarr",), site=(RESIDUAL,), out=self.out / "sae", rows=self.rows))
-            held_out = evaluate(load_dictionary(self.out / "sae"), ActivationStore.open(self.out / "test.zarr"))
+            d_sae = EXPANSION * train_store.sites[RESIDUAL]["width"]
+            self._say(f"training an SAE of {d_sae} latents on {RESIDUAL}, {self.rows} rows")
+            recipe = TrainConfig(store=(train_store.path,), site=(RESIDUAL,), out=self.out / "sae", d_sae=(d_sae,), k=(self.k,), rows=self.rows)
+            (trained,) = train(recipe)
+            held_out = evaluate(load_dictionary(self.out / "sae"), test_store)
             self._say(f"  on the held-out speech: FVU {held_out.fvu:.3f}, L0 {held_out.l0:.1f}, {held_out.dead_fraction:.1%} of the latents dead")
 
             scans = []
             for name, spec in (("neurons", f"neurons:{NEURONS}"), ("latents", f"sae:{self.out / 'sae'}")):
                 self._say(f"finding the moments that drive the {name}")
-                scans.append(run_scan(self.out / "train.zarr", spec, self.out / name, ScanOptions(), self))
+                scans.append(run_scan(train_store.path, spec, self.out / name, ScanOptions(), self))
         self._say("writing the page")
         page = export([self.out / "neurons", self.out / "latents"], self.out / "page")
         return {
@@ -71,20 +73,16 @@ class Demo(Output, WorkerOptions):
             "seconds": time.perf_counter() - start,
         }
 
+    def _capture(self, split: str) -> ActivationStore:
+        self._say(f"capturing {RESIDUAL} and {NEURONS} of {self.model} on the {split} speech")
+        config = CaptureConfig(dataset=self.dataset, split=split, model=self.model, sites=(RESIDUAL, NEURONS), out=self.out / f"{split}.zarr")
+        done = run_capture(config, self)
+        self._say(f"  {done['clips']} clips, {done['frames']} frames, {size(sum(site['bytes'] for site in done['sites'].values()))}")
+        return ActivationStore.open(done["store"])
+
     def summary(self, result: dict[str, Any]) -> str:
         return f"{result['features']} features in {result['seconds']:.0f} s; look and listen: {result['page']}"
 
     def _say(self, line: str) -> None:
         if not self.json:
             print(line, file=sys.stderr, flush=True)
-
-
-def find_assets() -> Path:
-    """The folder that HEARSAE_ASSETS names, or `../shared/assets` beside the project. Raises HearsaeError if it is not there."""
-    folder = Path(os.environ.get("HEARSAE_ASSETS") or Path(__file__).parents[3] / "shared" / "assets")
-    if not (folder / "speech").is_dir() or not (folder / "whisper" / "tiny.en.encoder.pt").is_file():
-        raise HearsaeError(
-            f"the demo needs speech/ (an audio folder with splits train and test) and whisper/tiny.en.encoder.pt in {folder}: "
-            "set HEARSAE_ASSETS to a folder that has them (an embedded model and speech are not built yet)"
-        )
-    return folder
