@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 def open_source(spec: str, split: str | None = None, subset: str | None = None, streaming: bool = False) -> Source:
-    """Opens what `--dataset` names: `micro`, a folder of audio, one saved by `datasets`, a `.jsonl` manifest, a `.parquet` file, a dataset of the hub.
+    """Opens what `--dataset` names: `micro`, a folder of audio, one saved by `datasets`, a `.jsonl` manifest, a `.parquet` file, a hub dataset.
 
     `micro` is the speech that comes with hearsae, also where there is a folder of that name: `./micro` is the folder.
     Raises SourceError if there is nothing of the kind.

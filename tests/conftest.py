@@ -1,4 +1,4 @@
-"""Shared parts: real stores with made-up rows, and the optional assets (real speech, real Whisper weights)."""
+"""Shared parts: real stores with made-up rows, micro's speech, and the optional assets (real speech, real Whisper weights)."""
 
 import io
 import os
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from whisper.model import AudioEncoder, ModelDimensions, Whisper
 
+from cache import micro
 from cache.header import Header
 from cache.plan import Plan, SourceItem, make_plan
 from cache.sites import Site
@@ -24,6 +26,14 @@ def asset(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {name} of the assets (set HEARSAE_ASSETS)")
     return path
+
+
+needs_micro = pytest.mark.skipif(not micro.has_data(), reason="micro is not made yet")
+
+
+def micro_audio(count: int, split: str = "test") -> list[np.ndarray]:
+    """The first clips of micro's speech: float32 at 16 kHz."""
+    return [soundfile.read(file, dtype="float32")[0] for file in sorted((micro.SPEECH / split).glob("*.flac"))[:count]]
 
 
 def plan_of(seconds: list[float], **settings) -> Plan:

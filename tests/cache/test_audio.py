@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from conftest import fill_store
+from conftest import fill_store, needs_micro
 
+from cache import micro
 from cache.audio import load_clip, open_source, reopen_source
 from cache.decode import decode, header_samples
 from cache.errors import HearsaeError, SourceError
@@ -251,6 +253,48 @@ def test_a_folder_without_audio_and_splits_that_are_not_there_are_refused(tmp_pa
     for spec in ("", "/nonexistent", "./nonexistent", str(tmp_path / "a.jsonl"), str(tmp_path / "a.parquet"), "/dev/null"):
         with pytest.raises(SourceError):
             open_source(spec)
+
+
+# The speech that comes with hearsae
+
+
+@needs_micro
+def test_micro_has_words_by_speakers_who_are_in_one_split_only():
+    splits = {split: list(open_source("micro", split).items()) for split in ("train", "test")}
+    found = [item for items in splits.values() for item in items]
+    assert all(isinstance(item, SourceItem) and item.text and item.speaker and item.extra["accent"] for item in found)
+    assert not {item.speaker for item in splits["train"]} & {item.speaker for item in splits["test"]}
+    times = [json.loads(line) for line in (micro.SPEECH / "alignments.jsonl").read_text().splitlines()]
+    assert sorted(row["file_name"] for row in times) == sorted(item.source for item in found)
+    with pytest.raises(SourceError, match=r"no split 'dev'; it has: test, train"):
+        open_source("micro", "dev")
+
+
+@needs_micro
+def test_micro_is_a_name_and_with_a_slash_a_path(tmp_path, monkeypatch):
+    (tmp_path / "micro").mkdir()
+    write(tmp_path / "micro" / "mine.wav", tone(1))
+    monkeypatch.chdir(tmp_path)
+    assert items(open_source("./micro")).keys() == {"mine.wav"}
+    assert "mine.wav" not in items(open_source("micro"))
+
+
+@needs_micro
+def test_micro_is_found_again_from_a_store_by_another_installation(tmp_path, monkeypatch):
+    source = open_source("micro", "test")
+    described = json.loads(json.dumps(source.describe()))
+    assert described["kind"] == "micro" and str(micro.SPEECH) not in json.dumps(described)
+    item = next(source.items())
+    here = source.read(item.source, 0, 0.0, item.n_samples)
+    monkeypatch.setattr(micro, "SPEECH", Path(shutil.copytree(micro.SPEECH, tmp_path / "speech")))
+    np.testing.assert_array_equal(reopen_source(described).read(item.source, 0, 0.0, item.n_samples), here)
+    with open(tmp_path / "speech" / "alignments.jsonl", "a") as file:
+        file.write("{}\n")
+    with pytest.raises(SourceError, match="another in this version of hearsae"):
+        reopen_source(described)
+    shutil.rmtree(tmp_path / "speech")
+    with pytest.raises(SourceError, match="this installation of hearsae lacks the speech of micro"):
+        reopen_source(described)
 
 
 # Manifests

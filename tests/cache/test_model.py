@@ -10,10 +10,11 @@ import pytest
 import soundfile
 import torch
 import whisper
-from conftest import asset, write_tiny_whisper
+from conftest import asset, micro_audio, needs_micro, write_tiny_whisper
 from whisper.decoding import DecodingOptions, DecodingTask
 from whisper.model import AudioEncoder, Whisper
 
+from cache import micro
 from cache.errors import HearsaeError, ModelError
 from cache.model import capture, choose_device, fast_matmul, load_model, log_mel
 from cache.sites import all_sites, match_sites
@@ -97,8 +98,9 @@ def test_every_encoder_site_is_that_of_a_plain_forward_on_real_speech():
     hold_to_plain(asset("whisper/tiny.en.encoder.pt"), real_audio(3))
 
 
-def test_every_site_is_that_of_a_plain_forward_on_real_speech():
-    hold_to_plain(asset("whisper/micro.prototype.pt"), real_audio(3))
+@needs_micro
+def test_every_site_is_that_of_a_plain_forward_on_speech():
+    hold_to_plain(micro.MODEL, micro_audio(3))
 
 
 def test_values_published_for_tiny_en():
@@ -209,10 +211,11 @@ def test_fast_matmul_restores_the_setting(before, fails):
         torch.set_float32_matmul_precision(at_start)
 
 
-@pytest.mark.parametrize("name", ["tiny", "whisper/tiny.en.encoder.pt"])
+@pytest.mark.parametrize("name", ["random weights", pytest.param("micro", marks=needs_micro), "whisper/tiny.en.encoder.pt"])
 def test_fast_matmul_is_exact_for_the_whole_encoder(tiny, name):
-    model = tiny if name == "tiny" else load_model(str(asset(name)), "cpu")
-    mel = log_mel(made_up_audio(5.0) if name == "tiny" else real_audio(1)[0], model)[None]
+    model = tiny if name == "random weights" else load_model(name if name == "micro" else str(asset(name)), "cpu")
+    audio = {"random weights": lambda: made_up_audio(5.0), "micro": lambda: micro_audio(1)[0]}.get(name, lambda: real_audio(1)[0])()
+    mel = log_mel(audio, model)[None]
     sites = match_sites(["encoder.blocks.?", "encoder.ln_post"], model.dims_dict)
     assert torch.get_float32_matmul_precision() == "highest"
     plain = capture(model, mel, sites)
@@ -327,8 +330,31 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tiny, tmp_path, monkeypatc
 
 
 def test_a_model_that_is_not_there_is_refused_with_those_that_are():
-    with pytest.raises(ModelError, match=r"there is no model 'tinny': give a checkpoint file or one of .*tiny\.en"):
+    with pytest.raises(ModelError, match=r"there is no model 'tinny': give a checkpoint file or one of micro, .*tiny\.en"):
         load_model("tinny", "cpu")
+
+
+@needs_micro
+def test_micro_is_the_checkpoint_that_comes_with_hearsae_whatever_lies_in_the_working_directory(tiny_whisper, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_whisper(tmp_path / "micro")
+    model = load_model("micro", "cpu")
+    assert model.has_decoder and model.header()["name"] == "micro"
+    assert model.sha256 == hashlib.sha256(micro.MODEL.read_bytes()).hexdigest()
+    assert (model.dims.n_audio_layer, model.dims.n_audio_ctx, model.dims.n_vocab) == (4, 1500, 51864)
+    assert load_model("./micro", "cpu").dims.n_audio_layer == 2
+
+
+@needs_micro
+def test_openai_whisper_loads_micro_as_it_is():
+    ours, theirs = load_model("micro", "cpu"), whisper.load_model(str(micro.MODEL), "cpu")
+    assert all(torch.equal(weight, ours.module.state_dict()[name]) for name, weight in theirs.state_dict().items())
+
+
+def test_an_installation_without_micro_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(micro, "MODEL", tmp_path / "micro.pt")
+    with pytest.raises(ModelError, match="this installation of hearsae lacks the model micro"):
+        load_model("micro", "cpu")
 
 
 def test_a_device_that_is_not_there_is_refused():
