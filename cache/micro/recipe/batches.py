@@ -64,11 +64,10 @@ class Vocabulary:
     def __init__(self) -> None:
         self.tokenizer: Tokenizer = get_tokenizer(multilingual=False)
         t = self.tokenizer
-        words = {token for word in grammar.vocabulary() for form in (word, word.capitalize()) for token in t.encode(" " + form)}
-        rng = random.Random(0)
-        said = {token for _ in range(30_000) for text in (grammar.sentence(rng), grammar.word_string(rng)) for token in t.encode(" " + text)}
+        spoken = {token for word in grammar.vocabulary() for form in (word, word.capitalize()) for token in t.encode(" " + form)}
+        punctuation = {t.encode(mark)[0] for mark in ",.?"}
         special = {t.sot, t.no_timestamps, t.eot, t.no_speech} | {t.timestamp_begin + TIMESTAMP_STEP * i for i in range(LAST_TIMESTAMP + 1)}
-        self.used = sorted(words | said | special)
+        self.used = sorted(spoken | punctuation | special)
         self.place = {token: place for place, token in enumerate(self.used)}
 
     def timestamp(self, seconds: float) -> int:

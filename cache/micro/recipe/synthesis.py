@@ -65,12 +65,13 @@ def synthesise(text: str, voice: Voice, words_per_minute: int, pitch: int, pitch
     if words is None:
         return None
     samples = soxr.resample(spoken.samples[: int(end * espeak.RATE)].astype(np.float32), espeak.RATE, SAMPLE_RATE)
-    phones = [(phone, round(start, 3), round(min(stop, end), 3)) for phone, start, stop in phones if start < end]
+    rounded = [(phone, round(start, 3), round(min(stop, end), 3)) for phone, start, stop in phones]
+    phones = [(phone, start, stop) for phone, start, stop in rounded if start < stop]
     return Clip(text, voice, np.clip(samples.round(), -32768, 32767).astype(np.int16), words, phones)
 
 
 def draw_clips(seed: str, count: int, write_text: Callable[[random.Random], str], variants: Collection[str], max_seconds: float) -> list[Clip]:
-    """`count` clips; each voice says twelve of them, at rates and pitches of its own. The same for the same arguments."""
+    """`count` clips; each voice says twelve of them, at rates and pitches of its own. The same for the same arguments in a fresh process."""
     rng = random.Random(seed)
     clips: list[Clip] = []
     while len(clips) < count:

@@ -28,6 +28,9 @@ DIMS = ModelDimensions(
 WEIGHTS = {"tokens": 1.0, "phones": 0.3, "middle_phones": 0.7, "words": 1.0, "alignment": 0.2}
 """Of the losses. All but `tokens` are help for the start: they make a small model learn in an hour what takes the tokens alone many."""
 
+SAVE_EVERY = 500
+"""Steps between two states on disk, from which a run that was cut off goes on."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -91,7 +94,7 @@ def _run(rank: int, world: int, speech: Path, out: Path, recipe: Recipe, device:
         model.hold_unused_logits()
         if progress:
             progress.add(step, {**parts, **accuracies(outputs, batch)})
-            if (step + 1) % 500 == 0 or step + 1 == recipe.steps:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
                 _save(out / "trainee.pt", model, optimizers, step + 1, vocabulary)
 
 

@@ -43,7 +43,8 @@ def write_training_set(folder: Path, clips: int, seed: int, processes: int) -> N
     folder.mkdir(parents=True, exist_ok=True)
     parts = range(-(-clips // CLIPS_IN_PART))
     missing = [(folder, part, seed) for part in parts if not (folder / f"{part:04d}.jsonl").exists()]
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    # A fresh process for every part: espeak-ng remembers what it said before, and what it says next depends on it.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         list(tqdm(pool.map(_write_part, missing), "speech", len(missing), unit="part"))
 
 
