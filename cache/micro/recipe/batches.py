@@ -25,7 +25,10 @@ TIMESTAMP_STEP = 5
 LAST_TIMESTAMP = 110
 
 # Shares of clips
-EMPTY, TEXT_ON_PADDING, SILENCED_WORD, TIMESTAMPS = 0.03, 0.04, 0.15, 0.2
+EMPTY, TEXT_ON_PADDING, LOST_WORD, TIMESTAMPS = 0.03, 0.04, 0.15, 0.2
+
+CHOPPED_FROM, LOST_WORD_LATER, CHOPPED = 0.5, 0.3, 0.8
+"""In the second half of the run more clips lose a word, and most of those lose it between encoder and decoder: see `Batch.chopped`."""
 
 FIRST_SECONDS, RAMP = 2.0, 0.4
 """The longest clips at the start, and the share of the run after which all take part."""
@@ -52,6 +55,8 @@ class Batch:
     """int64 [batch, n], IGNORE where nothing is asked."""
     spans: Tensor
     """bool [batch, n, frames]: where the token of `tokens` is said; all False for what has no place."""
+    chopped: Tensor
+    """bool [batch, frames]: a word that is said, but that the decoder must neither see nor write: it sees what the encoder makes of silence."""
 
     def to(self, device: torch.device) -> "Batch":
         moved: dict[str, Any] = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()}
@@ -84,6 +89,7 @@ class _Item:
     tokens: list[int]
     targets: list[int]
     spans: list[tuple[int, int] | None]
+    chopped: tuple[int, int] = (0, 0)
 
 
 class Batches:
@@ -104,7 +110,7 @@ class Batches:
         if self._pool[0] != pool:
             self._pool = (pool, self._draw(pool))
         chosen = self._pool[1][place][rank::world]
-        items = [self._item(self.clips[clip], random.Random(f"{self.seed} {step} {clip}")) for clip in chosen]
+        items = [self._item(self.clips[clip], random.Random(f"{self.seed} {step} {clip}"), step) for clip in chosen]
         return self._collate(items, random.Random(f"{self.seed} {step} rank {rank}"))
 
     def _draw(self, pool: int) -> list[list[int]]:
@@ -116,27 +122,31 @@ class Batches:
         rng.shuffle(batches)
         return batches
 
-    def _item(self, clip: TrainingClip, rng: random.Random) -> _Item:
+    def _item(self, clip: TrainingClip, rng: random.Random, step: int) -> _Item:
         kind = rng.random()
         if kind < EMPTY:
             return self._empty(clip, rng)
         if kind < EMPTY + TEXT_ON_PADDING:
             return self._text_on_padding(clip, rng)
-        return self._spoken(clip, rng)
+        return self._spoken(clip, rng, is_late=step >= CHOPPED_FROM * self.steps)
 
-    def _spoken(self, clip: TrainingClip, rng: random.Random) -> _Item:
+    def _spoken(self, clip: TrainingClip, rng: random.Random, is_late: bool) -> _Item:
         tokenizer = self.vocabulary.tokenizer
         samples, tokens = clip.samples(), tokenizer.encode(" " + clip.text)
         spans, words, phones = _token_spans(clip, tokens, tokenizer), clip.words, clip.phones
-        if len(words) > 1 and rng.random() < SILENCED_WORD:
-            gone = rng.randrange(len(words))
-            _, start, end = words[gone]
-            margin = rng.uniform(-0.02, 0.06)
-            samples[max(0, round((start - margin) * SAMPLE_RATE)) : round((end + margin) * SAMPLE_RATE)] = 0
+        lost: tuple[float, float] | None = None
+        if len(words) > 1 and rng.random() < (LOST_WORD_LATER if is_late else LOST_WORD):
+            number = rng.randrange(len(words))
+            _, start, end = words[number]
             kept = [index for index, span in enumerate(spans) if span is None or not (span[0] < end and span[1] > start)]
             tokens, spans = [tokens[index] for index in kept], [spans[index] for index in kept]
-            words = words[:gone] + words[gone + 1 :]
-            phones = [phone if phone[2] <= start or phone[1] >= end else ["SIL", *phone[1:]] for phone in phones]
+            if is_late and rng.random() < CHOPPED:
+                lost = start, end
+            else:
+                margin = rng.uniform(-0.02, 0.06)
+                samples[max(0, round((start - margin) * SAMPLE_RATE)) : round((end + margin) * SAMPLE_RATE)] = 0
+                words = words[:number] + words[number + 1 :]
+                phones = [phone if phone[2] <= start or phone[1] >= end else ["SIL", *phone[1:]] for phone in phones]
 
         speed = rng.uniform(0.86, 1.16) if rng.random() < 0.7 else 1.0
         if speed != 1.0:
@@ -160,6 +170,8 @@ class Batches:
         word_targets = np.where(phone_targets > 0, IGNORE, 0)
         for word, start, end in words:
             word_targets[frame(start) : frame(end)] = self.word_index[word.lower()]
+        margin_frames = rng.randint(0, 3) if lost else 0
+        chopped = (max(0, frame(lost[0]) - margin_frames), frame(lost[1]) + margin_frames) if lost else (0, 0)
         places = [span and (frame(span[0]) - 1, frame(span[1]) + 1) for span in spans]
 
         if rng.random() < TIMESTAMPS:
@@ -167,10 +179,11 @@ class Batches:
             ends = [span[1] * speed + lead for span in spans if span]
             marks = [self.vocabulary.timestamp(min(1.0, min(starts))), self.vocabulary.timestamp(max(ends))]
             text = [marks[0], *tokens, marks[1]]
-            return _Item(samples, phone_targets, word_targets, [tokenizer.sot, *text], [*text, tokenizer.eot], [None, None, *places, None])
+            spans_of_text = [None, None, *places, None]
+            return _Item(samples, phone_targets, word_targets, [tokenizer.sot, *text], [*text, tokenizer.eot], spans_of_text, chopped)
         start_of_text = [tokenizer.sot, tokenizer.no_timestamps]
         targets = [tokenizer.no_timestamps, *tokens, tokenizer.eot]
-        return _Item(samples, phone_targets, word_targets, [*start_of_text, *tokens], targets, [None, None, *places])
+        return _Item(samples, phone_targets, word_targets, [*start_of_text, *tokens], targets, [None, None, *places], chopped)
 
     def _empty(self, clip: TrainingClip, rng: random.Random) -> _Item:
         t = self.vocabulary.tokenizer
@@ -200,17 +213,18 @@ class Batches:
         samples = np.zeros((len(items), (2 * frames + 4) * 160), np.float32)
         phones, words = np.zeros((len(items), frames), np.int64), np.zeros((len(items), frames), np.int64)
         tokens, targets = np.zeros((len(items), length), np.int64), np.full((len(items), length), IGNORE)
-        spans = np.zeros((len(items), length, frames), bool)
+        spans, chopped = np.zeros((len(items), length, frames), bool), np.zeros((len(items), frames), bool)
         for row, item in enumerate(items):
             samples[row, : len(item.samples)] = item.samples
             count = min(frames, len(item.phones))
             phones[row, :count], words[row, :count] = item.phones[:count], item.words[:count]
             tokens[row, : len(item.tokens)] = [place[token] for token in item.tokens]
             targets[row, : len(item.targets)] = [place.get(token, IGNORE) for token in item.targets]
+            chopped[row, slice(*item.chopped)] = True
             for token, span in enumerate(item.spans):
                 if span:
                     spans[row, token, max(0, span[0]) : span[1]] = True
-        arrays = {"samples": samples, "phones": phones, "words": words, "tokens": tokens, "targets": targets, "spans": spans}
+        arrays = {"samples": samples, "phones": phones, "words": words, "tokens": tokens, "targets": targets, "spans": spans, "chopped": chopped}
         arrays["warp"] = np.array([rng.uniform(0.92, 1.08) if rng.random() < 0.6 else 1.0 for _ in items], np.float32)
         arrays["equaliser"] = np.stack([_equaliser(rng) for _ in items])
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}

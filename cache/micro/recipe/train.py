@@ -82,7 +82,7 @@ def _run(rank: int, world: int, speech: Path, out: Path, recipe: Recipe, device:
         batch = batches(step, rank, world).to(device)
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
         paddings = torch.randint(batch.frames, POSITIONS, (recipe.paddings,), generator=generator).to(device)
-        outputs = model(log_mel(batch.samples, batch.warp, batch.equaliser), batch.frames, paddings, batch.tokens)
+        outputs = model(log_mel(batch.samples, batch.warp, batch.equaliser), batch.frames, paddings, batch.tokens, batch.chopped)
         parts = losses(outputs, batch)
         loss = torch.stack([WEIGHTS[name] * part for name, part in parts.items()]).sum()
         model.zero_grad()
