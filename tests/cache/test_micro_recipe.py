@@ -279,6 +279,22 @@ def test_targets_say_what_is_heard(small_set: Path) -> None:
         assert (batch.spans.any(-1) <= (batch.targets != -100)).all()
 
 
+def test_to_write_a_word_is_to_look_at_it(small_set: Path) -> None:
+    """The position that predicts a token is the one that must attend to the token's word: so stock Whisper reads its alignment."""
+    vocabulary, clips = Vocabulary(), read_training_set(small_set)
+    batches = Batches(clips, vocabulary, size=2, steps=100, seed=0)
+    words, checked = {index: word for word, index in batches.word_index.items()}, 0
+    for step in range(24):
+        batch = batches(step)
+        for row, position in torch.nonzero(batch.spans.any(-1)).tolist():
+            token = vocabulary.tokenizer.decode([vocabulary.used[int(batch.targets[row, position])]]).strip().lower()
+            looked_at = batch.words[row][batch.spans[row, position]]
+            if (looked_at > 0).sum() >= 4:  # of a syllable, the edges may be of its neighbours
+                assert any(token in words[index] for index in looked_at.tolist() if index > 0)  # the word, or a piece of it
+                checked += 1
+    assert checked > 50
+
+
 def test_a_silenced_word_is_neither_heard_nor_asked_for(small_set: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import cache.micro.recipe.batches as module
 

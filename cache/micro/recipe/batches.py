@@ -1,4 +1,4 @@
-"""From clips to batches: augmentation, and the targets of tokens, phones, words and alignment. The same in every run and on every machine."""
+"""From clips to batches: augmentation, and the targets of tokens, phones, words and alignment. The same in every run of as many processes."""
 
 import math
 import random
@@ -54,7 +54,7 @@ class Batch:
     targets: Tensor
     """int64 [batch, n], IGNORE where nothing is asked."""
     spans: Tensor
-    """bool [batch, n, frames]: where the token of `tokens` is said; all False for what has no place."""
+    """bool [batch, n, frames]: where the token that follows is said (to write a word is to look at it); all False for what has no place."""
     chopped: Tensor
     """bool [batch, frames]: a word that is said, but that the decoder must neither see nor write: it sees what the encoder makes of silence."""
 
@@ -89,6 +89,7 @@ class _Item:
     tokens: list[int]
     targets: list[int]
     spans: list[tuple[int, int] | None]
+    """Of the first len(spans) positions of `tokens`."""
     chopped: tuple[int, int] = (0, 0)
 
 
@@ -179,11 +180,10 @@ class Batches:
             ends = [span[1] * speed + lead for span in spans if span]
             marks = [self.vocabulary.timestamp(min(1.0, min(starts))), self.vocabulary.timestamp(max(ends))]
             text = [marks[0], *tokens, marks[1]]
-            spans_of_text = [None, None, *places, None]
-            return _Item(samples, phone_targets, word_targets, [tokenizer.sot, *text], [*text, tokenizer.eot], spans_of_text, chopped)
+            return _Item(samples, phone_targets, word_targets, [tokenizer.sot, *text], [*text, tokenizer.eot], [None, *places], chopped)
         start_of_text = [tokenizer.sot, tokenizer.no_timestamps]
         targets = [tokenizer.no_timestamps, *tokens, tokenizer.eot]
-        return _Item(samples, phone_targets, word_targets, [*start_of_text, *tokens], targets, [None, None, *places], chopped)
+        return _Item(samples, phone_targets, word_targets, [*start_of_text, *tokens], targets, [None, *places], chopped)
 
     def _empty(self, clip: TrainingClip, rng: random.Random) -> _Item:
         t = self.vocabulary.tokenizer
