@@ -360,10 +360,14 @@ def test_two_processes_train_as_one(small_set: Path, tmp_path: Path) -> None:
     """Every rank has its own share of the batch; what they learn, all of them have."""
     recipe = train.Recipe(steps=2, batch=2, warmup=1)
     (tmp_path / "rendezvous").write_text("of a run that was cut off")
-    state = torch.load(train.train(small_set, tmp_path, recipe, 2, "cpu"), weights_only=True)
-    alone = torch.load(train.train(small_set, tmp_path / "alone", recipe, 1, "cpu"), weights_only=True)
-    moved = {name: (state["model"][name] - alone["model"][name]).norm() / (1e-3 + alone["model"][name].norm()) for name in state["model"]}
-    assert state["step"] == 2 and max(moved.values()) < 0.2
+    together = torch.load(train.train(small_set, tmp_path, recipe, 2, "cpu"), weights_only=True)
+    (tmp_path / "alone").mkdir()
+    train._run(0, 1, small_set, tmp_path / "alone", recipe, torch.device("cpu"))
+    alone = torch.load(tmp_path / "alone" / "trainee.pt", weights_only=True)
+    assert together["step"] == alone["step"] == 2
+    matrices = {name: (tensor, alone["model"][name]) for name, tensor in together["model"].items() if tensor.ndim > 1}
+    # Each rank takes means over its own share, so the same only nearly.
+    assert max(float((one - other).norm() / other.norm()) for one, other in matrices.values()) < 0.15
 
 
 @needs_espeak
