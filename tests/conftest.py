@@ -28,9 +28,6 @@ def asset(name: str) -> Path:
     return path
 
 
-needs_micro = pytest.mark.skipif(not micro.has_data(), reason="micro is not made yet")
-
-
 def micro_audio(count: int, split: str = "test") -> list[np.ndarray]:
     """The first clips of micro's speech: float32 at 16 kHz."""
     return [soundfile.read(file, dtype="float32")[0] for file in sorted((micro.SPEECH / split).glob("*.flac"))[:count]]

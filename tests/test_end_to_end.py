@@ -7,13 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from conftest import needs_micro
 
 from cache import micro
 from cache.store import ActivationStore
 from cluster.cli import main
-
-pytestmark = needs_micro
 
 SITE, NEURONS, WORDS = "encoder.blocks.2", "encoder.blocks.2.mlp.1", "decoder.blocks.1"
 WIDTH = {SITE: 96, NEURONS: 384, WORDS: 96}

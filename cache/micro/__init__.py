@@ -10,8 +10,3 @@ MODEL = Path(__file__).with_name("micro.pt")
 """The checkpoint, in openai-whisper's format."""
 SPEECH = Path(__file__).with_name("speech")
 """The audio folder, with splits `train` and `test`; `alignments.jsonl` has the times of every word and phone."""
-
-
-def has_data() -> bool:
-    """Whether this installation has both."""
-    return MODEL.is_file() and SPEECH.is_dir()

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from conftest import fill_store, needs_micro
+from conftest import fill_store
 
 from cache import micro
 from cache.audio import load_clip, open_source, reopen_source
@@ -258,7 +258,6 @@ def test_a_folder_without_audio_and_splits_that_are_not_there_are_refused(tmp_pa
 # The speech that comes with hearsae
 
 
-@needs_micro
 def test_micro_has_words_by_speakers_who_are_in_one_split_only():
     splits = {split: list(open_source("micro", split).items()) for split in ("train", "test")}
     found = [item for items in splits.values() for item in items]
@@ -270,7 +269,6 @@ def test_micro_has_words_by_speakers_who_are_in_one_split_only():
         open_source("micro", "dev")
 
 
-@needs_micro
 def test_micro_is_a_name_and_with_a_slash_a_path(tmp_path, monkeypatch):
     (tmp_path / "micro").mkdir()
     write(tmp_path / "micro" / "mine.wav", tone(1))
@@ -279,7 +277,6 @@ def test_micro_is_a_name_and_with_a_slash_a_path(tmp_path, monkeypatch):
     assert "mine.wav" not in items(open_source("micro"))
 
 
-@needs_micro
 def test_micro_is_found_again_from_a_store_by_another_installation(tmp_path, monkeypatch):
     source = open_source("micro", "test")
     described = json.loads(json.dumps(source.describe()))

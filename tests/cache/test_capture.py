@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 import whisper
-from conftest import asset, needs_micro, write_tiny_whisper
+from conftest import asset, write_tiny_whisper
 
 from cache.capture import CaptureConfig, capture_in_process, prepare, summarise
 from cache.errors import HearsaeError, SourceError, StoreError
@@ -185,7 +185,7 @@ def test_values_that_are_not_numbers_are_refused_as_such(clips, tiny, tmp_path):
 CLICKS_S = (0.5, 1.2345, 2.0, 3.971)
 
 
-@pytest.mark.parametrize("name", ["random weights", pytest.param("micro", marks=needs_micro), "whisper/tiny.en.encoder.pt"])
+@pytest.mark.parametrize("name", ["random weights", "micro", "whisper/tiny.en.encoder.pt"])
 @pytest.mark.parametrize("clip_seconds", [30.0, 2.0])
 def test_a_click_is_found_at_its_time(tiny, tmp_path, name, clip_seconds):
     """Frame i of a clip begins at clip.start_s + 0.02 i: where a click is added, the frame that changes most is the one at its time."""

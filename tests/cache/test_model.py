@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 import whisper
-from conftest import asset, micro_audio, needs_micro, write_tiny_whisper
+from conftest import asset, micro_audio, write_tiny_whisper
 from whisper.decoding import DecodingOptions, DecodingTask
 from whisper.model import AudioEncoder, Whisper
 
@@ -98,7 +98,6 @@ def test_every_encoder_site_is_that_of_a_plain_forward_on_real_speech():
     hold_to_plain(asset("whisper/tiny.en.encoder.pt"), real_audio(3))
 
 
-@needs_micro
 def test_every_site_is_that_of_a_plain_forward_on_speech():
     hold_to_plain(micro.MODEL, micro_audio(3))
 
@@ -211,7 +210,7 @@ def test_fast_matmul_restores_the_setting(before, fails):
         torch.set_float32_matmul_precision(at_start)
 
 
-@pytest.mark.parametrize("name", ["random weights", pytest.param("micro", marks=needs_micro), "whisper/tiny.en.encoder.pt"])
+@pytest.mark.parametrize("name", ["random weights", "micro", "whisper/tiny.en.encoder.pt"])
 def test_fast_matmul_is_exact_for_the_whole_encoder(tiny, name):
     model = tiny if name == "random weights" else load_model(name if name == "micro" else str(asset(name)), "cpu")
     audio = {"random weights": lambda: made_up_audio(5.0), "micro": lambda: micro_audio(1)[0]}.get(name, lambda: real_audio(1)[0])()
@@ -334,7 +333,6 @@ def test_a_model_that_is_not_there_is_refused_with_those_that_are():
         load_model("tinny", "cpu")
 
 
-@needs_micro
 def test_micro_is_the_checkpoint_that_comes_with_hearsae_whatever_lies_in_the_working_directory(tiny_whisper, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_whisper(tmp_path / "micro")
@@ -345,7 +343,6 @@ def test_micro_is_the_checkpoint_that_comes_with_hearsae_whatever_lies_in_the_wo
     assert load_model("./micro", "cpu").dims.n_audio_layer == 2
 
 
-@needs_micro
 def test_openai_whisper_loads_micro_as_it_is():
     ours, theirs = load_model("micro", "cpu"), whisper.load_model(str(micro.MODEL), "cpu")
     assert all(torch.equal(weight, ours.module.state_dict()[name]) for name, weight in theirs.state_dict().items())

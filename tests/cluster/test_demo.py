@@ -3,12 +3,9 @@
 import json
 from pathlib import Path
 
-from conftest import needs_micro
-
 from cluster.cli import main
 
 
-@needs_micro
 def test_the_demo_ends_with_a_page(tmp_path, capsys):
     assert main(["demo", "--no-ray", "--rows", "200000", "--out", str(tmp_path / "demo"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

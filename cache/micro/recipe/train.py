@@ -34,7 +34,7 @@ SAVE_EVERY = 500
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 9000
+    steps: int = 7500
     batch: int = 32
     lr: float = 3e-3
     warmup: int = 150
