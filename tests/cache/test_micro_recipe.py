@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -175,12 +176,6 @@ def test_real_frames_with_a_few_weighted_paddings_stand_for_the_whole_window(mon
         monkeypatch.setattr(forward, "POSITIONS", frames + 10)  # as if there were no more
         unweighted = torch.stack([model(mel, frames, paddings, tokens).tokens for paddings in drawn])
     assert (everything - expected).abs().max() < 0.05 * expected.std()  # bfloat16
-    print(
-        (some - expected).abs().mean(),
-        (unweighted - expected).abs().mean(),
-        (some.mean(0) - expected).abs().mean(),
-        (unweighted.mean(0) - expected).abs().mean(),
-    )
     assert (some.mean(0) - expected).abs().mean() < 0.5 * (unweighted.mean(0) - expected).abs().mean()
 
 
@@ -353,6 +348,12 @@ def test_late_in_a_run_words_are_lost_between_encoder_and_decoder(small_set: Pat
             if inner.sum() >= 6:
                 assert (asked & inner).sum() <= 3  # and not asked for: its edges may be a neighbour's too
     assert found > 5
+
+
+def test_the_state_of_another_recipe_is_not_gone_on_with(tmp_path: Path) -> None:
+    torch.save({"recipe": asdict(train.Recipe(steps=9)), "step": 9}, tmp_path / "trainee.pt")
+    with pytest.raises(HearsaeError, match=r"another recipe.*choose another --work"):
+        train.train(tmp_path, tmp_path, train.Recipe(steps=7), 1, "cpu")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ def publish(trained: Path, checkpoint: Path) -> None:
 
     `torch.load` reads deflated entries as it reads stored ones. The same state gives the same bytes.
     """
-    state = torch.load(trained, weights_only=True)
+    state = torch.load(trained, map_location="cpu", weights_only=True)
     weights = {name.removeprefix("whisper."): tensor for name, tensor in state["model"].items() if name.startswith("whisper.")}
     embedding = torch.zeros(DIMS.n_vocab, DIMS.n_text_state)
     embedding[:, 0] = UNUSED_LOGIT

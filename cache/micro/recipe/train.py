@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from whisper.model import ModelDimensions
 
+from cache.errors import HearsaeError
 from cache.micro.recipe.batches import IGNORE, Batch, Batches, Vocabulary
 from cache.micro.recipe.forward import POSITIONS, LogMel, Outputs, Trainee
 from cache.micro.recipe.synthesis import PHONES
@@ -34,6 +35,8 @@ SAVE_EVERY = 500
 
 @dataclass(frozen=True)
 class Recipe:
+    """What a training run is made of, beside its speech."""
+
     steps: int = 7500
     batch: int = 32
     lr: float = 3e-3
@@ -47,8 +50,12 @@ class Recipe:
 
 
 def train(speech: Path, out: Path, recipe: Recipe, processes: int, device: str) -> Path:
-    """Trains on `processes` processes of one thread each, or one GPU. Writes out/log.jsonl and out/trainee.pt; goes on from there if cut off."""
+    """Trains on `processes` processes of one thread each, or one GPU. Writes out/log.jsonl and out/trainee.pt; goes on from there if cut off.
+
+    Raises HearsaeError if `out` has the state of another recipe.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    _check_same_recipe(out / "trainee.pt", recipe)
     _rendezvous(out).unlink(missing_ok=True)  # of a run that was cut off
     mp.spawn(_train_rank, (processes, speech, out, recipe, device), nprocs=processes)
     return out / "trainee.pt"
@@ -95,7 +102,7 @@ def _run(rank: int, world: int, speech: Path, out: Path, recipe: Recipe, device:
         if progress:
             progress.add(step, {**parts, **accuracies(outputs, batch)})
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == recipe.steps:
-                _save(out / "trainee.pt", model, optimizers, step + 1, vocabulary)
+                _save(out / "trainee.pt", model, optimizers, step + 1, vocabulary, recipe)
 
 
 def losses(outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -156,10 +163,16 @@ def _average_gradients(parameters: list[torch.nn.Parameter], world: int) -> None
         gradient.copy_(part.view_as(gradient))
 
 
-def _save(path: Path, model: Trainee, optimizers: list[torch.optim.Optimizer], step: int, vocabulary: Vocabulary) -> None:
-    state = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "step": step, "used": vocabulary.used}
+def _save(path: Path, model: Trainee, optimizers: list[torch.optim.Optimizer], step: int, vocabulary: Vocabulary, recipe: Recipe) -> None:
+    state: dict[str, Any] = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    state |= {"step": step, "used": vocabulary.used, "recipe": asdict(recipe)}
     torch.save(state, f"{path}.partial")
     os.replace(f"{path}.partial", path)
+
+
+def _check_same_recipe(path: Path, recipe: Recipe) -> None:
+    if path.exists() and torch.load(path, map_location="cpu", weights_only=True).get("recipe") != asdict(recipe):
+        raise HearsaeError(f"{path} is the state of another recipe: remove it, or choose another --work")
 
 
 def _resume(path: Path, model: Trainee, optimizers: list[torch.optim.Optimizer]) -> int:
