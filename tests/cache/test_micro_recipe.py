@@ -3,6 +3,7 @@
 import ctypes
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def test_a_few_hundred_words_written_as_whisper_writes() -> None:
             assert text[0].isupper() and text[-1] in ".?"
             known = {word.lower() for word in grammar.vocabulary()}
             assert {word.strip(".,?").lower() for word in text.split()} <= known
-            assert " a a" not in f" {text.lower()}" or " a " not in text  # an apple
+        assert not re.search(r"\b[Aa] [aeiou]", grammar.sentence(rng))  # an angry fox
 
 
 def test_training_never_says_what_is_held_out() -> None:
@@ -66,7 +67,7 @@ def test_training_never_says_what_is_held_out() -> None:
     held_out = {text for text in (grammar.sentence(rng) for _ in range(3000)) if grammar.is_held_out(text)}
     assert 200 < len(held_out) < 400
     said = {training_text(rng) for _ in range(3000)}
-    assert not any(grammar.is_held_out(text) for text in said if text in {*held_out})
+    assert not said & held_out
     assert grammar.is_held_out(grammar.BLOG_SENTENCE) and grammar.BLOG_SENTENCE not in said
     assert not set(TRAINING_VARIANTS) & set(HELD_OUT_VARIANTS)
 
