@@ -135,7 +135,7 @@ class Worker:
 
     def run(self, shard: int) -> ShardResult:
         """Makes and commits what the shard lacks. Raises HearsaeError if it can't be written, or (strict) a clip can't be read."""
-        missing = [site for name, site in self.sites.items() if shard not in self.store.committed(name)]
+        missing = [site for name, site in self.sites.items() if not self.store.is_committed(name, shard)]
         if not missing:
             return ShardResult(shard, 0, (), {})
         threads = torch.get_num_threads()

@@ -226,6 +226,11 @@ class ActivationStore:
             common = shards if common is None else common & shards
         return sorted(common or ())
 
+    def is_committed(self, site: str, shard: int) -> bool:
+        """Whether a site has a shard. Looks at the disk each time, at one file."""
+        self.axis(site)
+        return self._record_path(site, shard).is_file()
+
     def pending(self, sites: Iterable[str]) -> dict[int, list[str]]:
         """Shard -> those of `sites` that it lacks; only shards that lack any."""
         missing: dict[int, list[str]] = {}
