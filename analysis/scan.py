@@ -11,7 +11,7 @@ only those of its `per_bin` frames of lowest hash that fall there, so a range ma
 drawn; every one of them does lie in its range.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -75,25 +75,41 @@ class ShardScan:
     """CANDIDATE, by (cell, hash, clip): of every cell the `per_bin` frames of lowest hash, one per clip."""
 
 
-MapShards = Callable[[Callable[[int], ShardScan], Sequence[int]], Iterable[ShardScan]]
+MapShards = Callable[[Callable[[int], ShardScan], Iterable[int]], Iterable[ShardScan]]
 
 
-def scan(store: ActivationStore, spec: str, out: str | Path, options: ScanOptions | None = None, *, map_shards: MapShards = map) -> Scan:
+def scan(
+    store: ActivationStore,
+    spec: str,
+    out: str | Path,
+    options: ScanOptions | None = None,
+    *,
+    map_shards: MapShards = map,
+    follow: float | None = None,
+) -> Scan:
     """Scans every committed shard and writes the folder `out`, whose files `analysis.scan_folder` describes.
 
     spec: which features, see `analysis.features.open_features`.
     map_shards: (function, shards) -> the function's results in any order, merged with each other or not. The function can be pickled.
         The default runs in this process, one shard after the other.
+    follow: scan all shards of the plan, each as it is committed, and wait so many seconds for the next.
     Memory does not grow with the number of shards. Raises HearsaeError where there are no rows, or rows that are not finite.
     """
     options = options or ScanOptions()
     refuse_other_folder(Path(out))
     features = open_features(spec, store, options.seed)
-    shards = store.committed(features.site)
     scan_one = partial(scan_shard, features, store, options=options)
+    shards: Iterable[int]
+    if follow is None:
+        shards = expected = store.committed(features.site)
+    else:
+        expected = list(range(store.axis(features.site).shards))
+        if spec.startswith("random:") and store.committed(features.site) != expected:
+            raise HearsaeError(f"{spec} needs the mean of all rows, and {store.path} is not complete: scan it once 'hearsae cache' has finished")
+        shards = store.arriving(features.site, patience=follow)
     merged = reduce(merge, map_shards(scan_one, shards), empty(features, options))
-    if list(merged.shards) != shards:
-        raise HearsaeError(f"scanned shards {list(merged.shards)} of {store.path}, not {shards}: some results were lost")
+    if list(merged.shards) != expected:
+        raise HearsaeError(f"scanned shards {list(merged.shards)} of {store.path}, not {expected}: some results were lost")
     return finish(merged, store, features, Path(out))
 
 

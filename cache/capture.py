@@ -5,7 +5,7 @@ Every shard is a pure function of (store, shard), so shards can be made in any o
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -80,9 +80,27 @@ class ShardResult(NamedTuple):
     """What one shard came to."""
 
     shard: int
-    frames: int
-    skipped: tuple[Skip, ...]
-    seconds: dict[str, float]
+    computed: bool
+    """False if it had been committed meanwhile, and was left alone."""
+    clips: int = 0
+    frames: int = 0
+    written: int = 0
+    """Bytes of its objects."""
+    skipped: tuple[Skip, ...] = ()
+    seconds: dict[str, float] = {}  # noqa: RUF012 - never changed
+
+
+class ShardAudio(NamedTuple):
+    """The decoded audio of a shard's clips, on its way to a worker. `pack_audio` makes it, `unpack_audio` gives the same samples back."""
+
+    shard: int
+    samples: np.ndarray
+    """[samples of all readable clips] at 16 kHz: int16 where that is exact, as it is for most files, else float32."""
+    lengths: tuple[int, ...]
+    """Samples of each clip of the shard; -1 for one that could not be read."""
+    reasons: dict[int, str]
+    """Clip -> why it could not be read."""
+    seconds: float
 
 
 def plan_capture(config: CaptureConfig, model: LoadedModel) -> tuple[Source, Plan, list[Site]]:
@@ -119,11 +137,66 @@ def prepare(config: CaptureConfig) -> Prepared:
     return Prepared(store, sites, store.pending([site.name for site in sites]))
 
 
+Clips = Iterable[tuple[int, np.ndarray | SourceError]]
+"""Clips of a shard, in order: float32 samples, or why there are none."""
+
+
+class Decoder:
+    """Decodes shards, apart from the workers that capture them: for GPUs, which are quicker than one core decodes."""
+
+    def __init__(self, config: CaptureConfig) -> None:
+        self.store = ActivationStore.open(config.out)
+        self.source = open_source(config.dataset, config.split, config.subset, config.streaming)
+
+    def run(self, shard: int) -> ShardAudio:
+        """All audio of a shard."""
+        start = time.perf_counter()
+        audio = pack_audio(shard, decode_clips(self.store, shard, self.source))
+        return audio._replace(seconds=time.perf_counter() - start)
+
+
+def decode_clips(store: ActivationStore, shard: int, source: Source) -> Clips:
+    """The clips of a shard, decoded one after the other as they are asked for."""
+    for clip in store.shard_clips(shard):
+        try:
+            yield clip, load_clip(store, clip, source)
+        except SourceError as error:
+            yield clip, error
+
+
+def pack_audio(shard: int, clips: Clips) -> ShardAudio:
+    """Puts clips together to travel."""
+    parts, lengths, reasons = [np.zeros(0, np.float32)], [], {}
+    for clip, samples in clips:
+        if isinstance(samples, SourceError):
+            reasons[clip] = str(samples)
+        else:
+            parts.append(samples)
+        lengths.append(-1 if isinstance(samples, SourceError) else len(samples))
+    together = np.concatenate(parts)
+    as_pcm = (np.clip(together, -1, 1 - 2**-15) * 2**15).astype(np.int16)
+    is_exact = np.array_equal(as_pcm.astype(np.float32) / 2**15, together)
+    return ShardAudio(shard, as_pcm if is_exact else together, tuple(lengths), reasons, 0.0)
+
+
+def unpack_audio(audio: ShardAudio, first_clip: int) -> Clips:
+    """The clips that were packed. first_clip: of the shard."""
+    start = 0
+    for clip, length in enumerate(audio.lengths, first_clip):
+        if length < 0:
+            yield clip, SourceError(audio.reasons[clip])
+        else:
+            samples = audio.samples[start : start + length]
+            yield clip, samples.astype(np.float32) / 2**15 if samples.dtype == np.int16 else samples
+            start += length
+
+
 class Worker:
     """Holds a model and makes shards. One thread on a CPU: shards parallelise better as one-thread processes than as threads."""
 
-    def __init__(self, config: CaptureConfig) -> None:
+    def __init__(self, config: CaptureConfig, threads: int = 1) -> None:
         self.config = config
+        self.threads = threads
         self.model = load_model(config.model, config.device)
         self.store = ActivationStore.open(config.out)
         if self.model.sha256 != self.store.header.model["sha256"]:
@@ -133,44 +206,51 @@ class Worker:
         self.source = open_source(config.dataset, config.split, config.subset, config.streaming)
         self.batch = config.batch or BATCH[self.model.device.type]
 
-    def run(self, shard: int) -> ShardResult:
-        """Makes and commits what the shard lacks. Raises HearsaeError if it can't be written, or (strict) a clip can't be read."""
+    def run(self, shard: int, audio: ShardAudio | None = None) -> ShardResult:
+        """Makes and commits what the shard lacks. audio: of the shard, if it was decoded elsewhere.
+
+        Raises HearsaeError if it can't be written, or (strict) a clip can't be read.
+        """
         missing = [site for name, site in self.sites.items() if not self.store.is_committed(name, shard)]
         if not missing:
-            return ShardResult(shard, 0, (), {})
+            return ShardResult(shard, computed=False)
+        seconds: dict[str, float] = defaultdict(float)
+        if audio is None:
+            clips = decode_clips(self.store, shard, self.source)
+        else:
+            clips = unpack_audio(audio, self.store.shard_clips(shard).start)
+            seconds["decode"] = audio.seconds
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        torch.set_num_threads(self.threads)
         try:
             with fast_matmul():
-                return self._make(shard, missing)
+                return self._make(shard, missing, iter(clips), seconds)
         finally:
             torch.set_num_threads(threads)
 
-    def _make(self, shard: int, sites: list[Site]) -> ShardResult:
-        seconds: dict[str, float] = defaultdict(float)
+    def _make(self, shard: int, sites: list[Site], clips: Iterator[tuple[int, np.ndarray | SourceError]], seconds: dict[str, float]) -> ShardResult:
         rows = {site.name: np.zeros((self.store.axis(site.name).shard_rows, site.width), self.store.header.dtype) for site in sites}
         skipped: list[Skip] = []
-        clips = iter(self.store.shard_clips(shard))
-        while group := list(islice(clips, self.batch)):
-            audio: dict[int, np.ndarray] = {}
+        while True:
             start = time.perf_counter()
-            for clip in group:
-                try:
-                    audio[clip] = load_clip(self.store, clip, self.source)
-                except SourceError as error:
-                    skipped.append(self._skip(clip, error))
+            group = list(islice(clips, self.batch))
             seconds["decode"] += time.perf_counter() - start
+            if not group:
+                break
             start = time.perf_counter()
+            skipped += [self._skip(clip, error) for clip, error in group if isinstance(error, SourceError)]
+            audio = {clip: samples for clip, samples in group if not isinstance(samples, SourceError)}
             if audio:
                 self._forward(audio, sites, rows)
             seconds["compute"] += time.perf_counter() - start
-        frames = sum(int(self.store.clips["n_frames"][clip].as_py()) for clip in self.store.shard_clips(shard))
-        frames -= sum(int(self.store.clips["n_frames"][skip.clip].as_py()) for skip in skipped)
+        written = 0
         for site in sites:
             start = time.perf_counter()
-            self.store.write_shard(site.name, shard, rows.pop(site.name), skipped, dict(seconds))
+            written += self.store.write_shard(site.name, shard, rows.pop(site.name), skipped, dict(seconds)).object_bytes
             seconds["write"] += time.perf_counter() - start
-        return ShardResult(shard, frames, tuple(skipped), dict(seconds))
+        kept = set(self.store.shard_clips(shard)) - {skip.clip for skip in skipped}
+        frames = sum(int(self.store.clips["n_frames"][clip].as_py()) for clip in kept)
+        return ShardResult(shard, True, len(kept), frames, written, tuple(skipped), dict(seconds))
 
     def _skip(self, clip: int, error: SourceError) -> Skip:
         source, row = self.store.clips["source"][clip].as_py(), self.store.clips["source_row"][clip].as_py()
@@ -206,7 +286,7 @@ def capture_in_process(config: CaptureConfig, pending: Iterable[int]) -> Iterabl
     return (worker.run(shard) for shard in pending)
 
 
-def summarise(prepared: Prepared, results: list[ShardResult], seconds: float) -> dict[str, Any]:
+def summarise(prepared: Prepared, shards_computed: int, seconds_by_stage: dict[str, float], seconds: float) -> dict[str, Any]:
     """The run's summary, keys as in the command line's contract."""
     store, names = prepared.store, [site.name for site in prepared.sites]
     skipped = store.skipped(*names)
@@ -220,8 +300,8 @@ def summarise(prepared: Prepared, results: list[ShardResult], seconds: float) ->
         "skipped_reasons": [*skipped.values(), *(f"{row['source']} (row {row['source_row']}): {row['reason']}" for row in first)],
         "frames": sum(record.rows for record in records),
         "shards": store.axis(names[0]).shards,
-        "shards_computed": len(results),
+        "shards_computed": shards_computed,
         "seconds": seconds,
         "sites": {name: {"width": width[name], "bytes": sum(store.record(name, s).object_bytes for s in store.committed(name))} for name in names},
-        "seconds_by_stage": {stage: sum(r.seconds.get(stage, 0.0) for r in results) for stage in ("decode", "compute", "write")},
+        "seconds_by_stage": seconds_by_stage,
     }

@@ -8,8 +8,9 @@ import base64
 import json
 import os
 import socket
+import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -230,6 +231,28 @@ class ActivationStore:
         """Whether a site has a shard. Looks at the disk each time, at one file."""
         self.axis(site)
         return self._record_path(site, shard).is_file()
+
+    def arriving(self, *sites: str, patience: float, every: float = 1.0) -> Iterator[int]:
+        """All shards of the plan, each once all of `sites` have it. Looks every so many seconds.
+
+        Raises StoreError after `patience` seconds without a new one.
+        """
+        seen: set[int] = set()
+        latest = time.monotonic()
+        while len(seen) < self.axis(sites[0]).shards:
+            new = [shard for shard in self.committed(*sites) if shard not in seen]
+            yield from new
+            seen.update(new)
+            if new:
+                latest = time.monotonic()
+            elif time.monotonic() - latest > patience:
+                missing = next(shard for shard in range(self.axis(sites[0]).shards) if shard not in seen)
+                raise StoreError(
+                    f"{self.path}: no new shard of {', '.join(sites)} for {patience:g} s ({len(seen)} of {self.axis(sites[0]).shards} are there, "
+                    f"shard {missing} is not): is 'hearsae cache' still running?"
+                )
+            else:
+                time.sleep(min(every, patience))
 
     def pending(self, sites: Iterable[str]) -> dict[int, list[str]]:
         """Shard -> those of `sites` that it lacks; only shards that lack any."""

@@ -2,21 +2,21 @@
 
 import sys
 import time
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from cache.capture import CaptureConfig, Worker, plan_capture, prepare, summarise
+from cache.capture import CaptureConfig, plan_capture, prepare, summarise
 from cache.model import load_model
+from cache.runs import RunLog, live_runs
 from cluster.commands import Output, size
-from cluster.workers import Make, WorkerOptions, map_shards
+from cluster.pipeline import PoolOptions, capture_shards
 
 
 @dataclass(frozen=True)
-class Cache(Output, WorkerOptions, CaptureConfig):
+class Cache(Output, PoolOptions, CaptureConfig):
     """Run Whisper over a dataset and keep activations in a store. The same command again finishes what is missing."""
 
     dry_run: bool = False
@@ -51,23 +51,34 @@ class Cache(Output, WorkerOptions, CaptureConfig):
         return "\n".join([head, *sites, done, *(skipped if reasons else [])])
 
 
-def run_capture(config: CaptureConfig, workers: WorkerOptions) -> dict[str, Any]:
+def run_capture(config: CaptureConfig, workers: PoolOptions) -> dict[str, Any]:
     """Plans, captures what is missing on workers, and returns the summary that `--json` prints."""
     start = time.perf_counter()
+    workers.check()
     prepared = prepare(config)
+    store, names = prepared.store, [site.name for site in prepared.sites]
     shards = list(prepared.pending)
-    clips = prepared.store.clips
-    frames = np.bincount(clips["shard"].to_numpy(), weights=clips["n_frames"].to_numpy())
-    make: Make[Any] = partial(_worker, config)
-    results = []
-    with tqdm(
-        total=int(frames[shards].sum()), desc="capture", unit="frame", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty()
-    ) as bar:
-        for result in map_shards(make, shards, workers, uses_gpu=config.device != "cpu"):
-            results.append(result)
+    if not shards:
+        return summarise(prepared, 0, {}, time.perf_counter() - start)
+    kept = CaptureConfig(**{field.name: getattr(config, field.name) for field in fields(CaptureConfig)})
+    frames = np.bincount(store.clips["shard"].to_numpy(), weights=store.clips["n_frames"].to_numpy())
+    with RunLog(store, names, len(shards)) as log, _bar(int(frames[shards].sum())) as bar:
+        others = [run for run in live_runs(store) if run["run"] != log.name]
+        if others:
+            print(_about_others(others), file=sys.stderr)
+        if any(run["run"] < log.name for run in others):
+            shards.reverse()  # the two meet in the middle
+        for result in capture_shards(kept, shards, workers):
+            log.add(result)
+            bar.set_postfix_str(log.shares())
             bar.update(int(frames[result.shard]))
-    return summarise(prepared, results, time.perf_counter() - start)
+    return summarise(prepared, log.counts["shards_computed"], dict(log.seconds), time.perf_counter() - start)
 
 
-def _worker(config: CaptureConfig) -> Any:
-    return Worker(config).run
+def _bar(frames: int) -> "tqdm[Any]":
+    return tqdm(total=frames, desc="capture", unit="frame", unit_scale=True, file=sys.stderr, disable=not sys.stderr.isatty())
+
+
+def _about_others(runs: list[dict[str, Any]]) -> str:
+    who = ", ".join(f"process {run.get('pid')} on {run.get('host')} since {run.get('started')}" for run in runs)
+    return f"hearsae: this store is being captured by {who} too: what one of the runs commits, the others leave alone"

@@ -13,6 +13,7 @@ from cache.store import ActivationStore
 from cluster.commands import Output, size
 from cluster.commands.cache import run_capture
 from cluster.commands.scan import run_scan
+from cluster.pipeline import PoolOptions
 from cluster.workers import WorkerOptions, session
 from sae.metrics import evaluate
 from sae.models import load_dictionary
@@ -76,7 +77,7 @@ class Demo(Output, WorkerOptions):
     def _capture(self, split: str) -> ActivationStore:
         self._say(f"capturing {RESIDUAL} and {NEURONS} of {self.model} on the {split} speech")
         config = CaptureConfig(dataset=self.dataset, split=split, model=self.model, sites=(RESIDUAL, NEURONS), out=self.out / f"{split}.zarr")
-        done = run_capture(config, self)
+        done = run_capture(config, PoolOptions(self.address, self.no_ray, self.workers, self.gpus_per_worker))
         self._say(f"  {done['clips']} clips, {done['frames']} frames, {size(sum(site['bytes'] for site in done['sites'].values()))}")
         return ActivationStore.open(done["store"])
 

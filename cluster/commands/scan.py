@@ -1,15 +1,19 @@
 """`hearsae scan`."""
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from analysis.scan import ScanOptions, ShardScan, scan
+from tqdm import tqdm
+
+from analysis.scan import ScanOptions, ShardScan, merge, scan
 from cache.store import ActivationStore
-from cluster.commands import Output, progress
-from cluster.workers import WorkerOptions, map_shards
+from cluster.commands import Output
+from cluster.shards import reduce_shards
+from cluster.workers import WorkerOptions
 
 
 @dataclass(frozen=True)
@@ -26,30 +30,31 @@ class _What:
 class Scan(Output, WorkerOptions, ScanOptions, _What):
     """Find when every feature of a set is active and how strongly: strongest moments, examples of every level, histogram."""
 
+    follow: bool = False
+    """Scan a store that 'hearsae cache' is still writing, each shard as it is committed, until all are."""
+    follow_timeout: float = 600.0
+    """Seconds without a new shard after which --follow gives up."""
+
     def run(self) -> dict[str, Any]:
-        return run_scan(self.store, self.features, self.out, self, self)
+        return run_scan(self.store, self.features, self.out, self, self, self.follow_timeout if self.follow else None)
 
     def summary(self, result: dict[str, Any]) -> str:
         return f"{result['dir']}: {result['features']} features over {result['rows']} rows in {result['seconds']:.1f} s"
 
 
-def run_scan(store_path: Path, spec: str, out: Path, options: ScanOptions, workers: WorkerOptions) -> dict[str, Any]:
-    """Scans on workers and returns the summary that `--json` prints."""
+def run_scan(store_path: Path, spec: str, out: Path, options: ScanOptions, workers: WorkerOptions, follow: float | None = None) -> dict[str, Any]:
+    """Scans on workers and returns the summary that `--json` prints. follow: wait so many seconds for each next shard of a growing store."""
     start = time.perf_counter()
     kept = ScanOptions(**{field.name: getattr(options, field.name) for field in fields(ScanOptions)})
+    store = ActivationStore.open(store_path)
 
-    def mapper(function: Callable[[int], ShardScan], shards: Sequence[int]) -> Iterator[ShardScan]:
-        return progress(map_shards(_Constant(function), shards, workers), len(shards), "scan", "shard")
+    def mapper(function: Callable[[int], ShardScan], shards: Iterable[int]) -> Iterable[ShardScan]:
+        with tqdm(total=total(shards), desc="scan", unit="shard", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+            merged = reduce_shards(function, merge, shards, workers, bar.update)
+        return [] if merged is None else [merged]
 
-    done = scan(ActivationStore.open(store_path), spec, out, kept, map_shards=mapper)
+    def total(shards: Iterable[int]) -> int | None:
+        return len(shards) if isinstance(shards, Sized) else None
+
+    done = scan(store, spec, out, kept, map_shards=mapper, follow=follow)
     return {"dir": str(out), "features": done.info["count"], "rows": done.info["rows"], "seconds": time.perf_counter() - start}
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A worker's function that needs no building."""
-
-    function: Callable[[int], ShardScan]
-
-    def __call__(self) -> Callable[[int], ShardScan]:
-        return self.function

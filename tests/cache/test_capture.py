@@ -55,7 +55,7 @@ def run(dataset: Path, model: Path, out: Path, *sites: str, **settings) -> tuple
     config = CaptureConfig(str(dataset), str(model), sites or (RESIDUAL,), out, **{"chunk_rows": 64, "device": "cpu"} | settings)
     prepared = prepare(config)
     results = list(capture_in_process(config, prepared.pending))
-    return ActivationStore.open(out), summarise(prepared, results, 0.0)
+    return ActivationStore.open(out), summarise(prepared, len(results), {}, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,8 @@ def samples_of(store: ActivationStore, folder: Path, clip: int) -> np.ndarray:
 
 def objects(store: Path) -> dict[str, bytes]:
     """Every array object of a store and its metadata, by path."""
-    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file() and "commits" not in path.parts}
+    files = (path for path in sorted(store.rglob("*")) if path.is_file() and not {"commits", "runs"} & set(path.parts))
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 
 # Rows

@@ -100,7 +100,7 @@ def edit_json(path: Path, **changed: Any) -> None:
 
 def contents(store: Path) -> dict[str, str]:
     """Path -> hash of everything but the commit records, which hold times."""
-    files = (file for file in sorted(store.rglob("*")) if file.is_file() and "commits" not in file.parts)
+    files = (file for file in sorted(store.rglob("*")) if file.is_file() and not {"commits", "runs"} & set(file.parts))
     return {str(file.relative_to(store)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

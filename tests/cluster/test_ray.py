@@ -71,7 +71,7 @@ def contents(folder: Path, *but: str) -> dict[str, bytes]:
 
 def hold_to(store: Path, reference: Path) -> None:
     """Two stores have the same objects, clips and header, and records that differ only in the time they took."""
-    assert contents(store, "commits") == contents(reference, "commits")
+    assert contents(store, "commits", "runs") == contents(reference, "commits", "runs")
     ours, theirs = (contents(path / "commits") for path in (store, reference))
     assert ours.keys() == theirs.keys() and ours
     for name in ours:
@@ -148,7 +148,7 @@ def test_a_worker_that_is_killed_is_replaced_and_nothing_is_left_behind(inputs, 
         while process.poll() is None:
             now = descendants(process.pid)
             started |= {pid: command for pid, command in now.items() if command}  # the dying have none
-            busy = {pid for pid, command in now.items() if command.startswith("ray::_ShardWorker")}
+            busy = {pid for pid, command in now.items() if command.startswith("ray::MapWorker")}
             workers |= busy
             if killed is None and len(busy) == 2 and records.is_dir() and list(records.glob("0*.json")):
                 killed = min(busy)
