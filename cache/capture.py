@@ -82,6 +82,8 @@ class ShardResult(NamedTuple):
     shard: int
     computed: bool
     """False if it had been committed meanwhile, and was left alone."""
+    attempts: int = 1
+    """Times that it was given out: more than once where a worker died."""
     clips: int = 0
     frames: int = 0
     written: int = 0
@@ -250,7 +252,7 @@ class Worker:
             seconds["write"] += time.perf_counter() - start
         kept = set(self.store.shard_clips(shard)) - {skip.clip for skip in skipped}
         frames = sum(int(self.store.clips["n_frames"][clip].as_py()) for clip in kept)
-        return ShardResult(shard, True, len(kept), frames, written, tuple(skipped), dict(seconds))
+        return ShardResult(shard, True, 1, len(kept), frames, written, tuple(skipped), dict(seconds))
 
     def _skip(self, clip: int, error: SourceError) -> Skip:
         source, row = self.store.clips["source"][clip].as_py(), self.store.clips["source_row"][clip].as_py()
@@ -286,22 +288,20 @@ def capture_in_process(config: CaptureConfig, pending: Iterable[int]) -> Iterabl
     return (worker.run(shard) for shard in pending)
 
 
-def summarise(prepared: Prepared, shards_computed: int, seconds_by_stage: dict[str, float], seconds: float) -> dict[str, Any]:
-    """The run's summary, keys as in the command line's contract."""
+def summarise(prepared: Prepared, run: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The run's summary, keys as in the command line's contract. run: what `cache.runs.RunLog` counted; goes in as it is."""
     store, names = prepared.store, [site.name for site in prepared.sites]
     skipped = store.skipped(*names)
     first = store.skipped_sources.to_pylist()
     records = [store.record(names[0], shard) for shard in store.committed(names[0])]
     width = {site.name: site.width for site in prepared.sites}
-    return {
+    return run | {
         "store": str(store.path),
         "clips": store.clips.num_rows - len(skipped),
         "skipped": len(skipped) + len(first),
         "skipped_reasons": [*skipped.values(), *(f"{row['source']} (row {row['source_row']}): {row['reason']}" for row in first)],
         "frames": sum(record.rows for record in records),
         "shards": store.axis(names[0]).shards,
-        "shards_computed": shards_computed,
         "seconds": seconds,
         "sites": {name: {"width": width[name], "bytes": sum(store.record(name, s).object_bytes for s in store.committed(name))} for name in names},
-        "seconds_by_stage": seconds_by_stage,
     }

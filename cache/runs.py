@@ -49,7 +49,7 @@ class RunLog:
             "shards_pending": pending,
             "software": software(),
         }
-        self.counts = Counter[str](dict.fromkeys(("shards_computed", "clips", "frames", "bytes_written", "skipped_clips"), 0))
+        self.counts = Counter[str](dict.fromkeys(("shards_computed", "shards_retried", "clips", "frames", "bytes_written", "skipped_clips"), 0))
         self.seconds = Counter[str](dict.fromkeys(STAGES, 0.0))
         self._path = store.path / "runs" / f"{self.name}.json"
         self._started = now
@@ -60,7 +60,7 @@ class RunLog:
         """Counts a shard. One that had been committed meanwhile, and so was left alone, counts for nothing."""
         with self._lock:
             of_shard = {"clips": result.clips, "frames": result.frames, "bytes_written": result.written, "skipped_clips": len(result.skipped)}
-            self.counts.update(of_shard | {"shards_computed": int(result.computed)})
+            self.counts.update(of_shard | {"shards_computed": int(result.computed), "shards_retried": int(result.attempts > 1)})
             self.seconds.update(result.seconds)
 
     def shares(self) -> str:

@@ -1,8 +1,10 @@
 """The command line. Each command is a dataclass in `cluster.commands`, loaded only when it is asked for."""
 
+import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -51,7 +53,7 @@ def _run(name: str, arguments: list[str]) -> int:
     try:
         command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
         command = tyro.cli(command_class, prog=f"hearsae {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-        with redirect_stdout(sys.stderr):  # what libraries have to say (Ray, of a worker that died) is not the answer
+        with redirect_stdout(Aside()):  # what libraries have to say is not the answer
             result = command.run()
         print(json.dumps(result, default=str) if command.json else command.summary(result), flush=True)
         bad = getattr(command, "complaint", lambda result: None)(result)
@@ -68,6 +70,16 @@ def _run(name: str, arguments: list[str]) -> int:
         where = f" {error.filename}" if error.filename else ""
         print(f"hearsae: the system refused{where}: {error.strerror or error}", file=sys.stderr)
     return 1
+
+
+class Aside(io.TextIOBase):
+    """Passes on to stderr what is printed, but for what Ray prints of workers that died: hearsae says that in its own words."""
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.current_thread().name == "ray_listen_error_messages" else sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -159,12 +159,13 @@ class _CaptureActor:
             audio = pickle.loads(packed)
             if isinstance(audio, HearsaeError):
                 return audio
-            if import_ray().get(self._ledger.begin.remote(shard)) > ATTEMPTS:
+            attempts = import_ray().get(self._ledger.begin.remote(shard))
+            if attempts > ATTEMPTS:
                 return HearsaeError(f"a worker died {ATTEMPTS} times on shard {shard} (out of memory?): try fewer --workers")
             self._worker = self._worker or Worker(self._config, self._threads)
             result = self._worker.run(shard, audio)
             self._ledger.end.remote(shard)
-            result = result._replace(seconds=result.seconds | {"wait": waited})
+            result = result._replace(attempts=attempts, seconds=result.seconds | {"wait": waited})
             self._metrics.count(result)
             return result
         except HearsaeError as error:
@@ -180,7 +181,7 @@ class _Ledger:
         self.begun: dict[int, int] = {}
 
     def begin(self, shard: int) -> int:
-        """The how manieth attempt this is."""
+        """Which attempt this is, from 1."""
         self.begun[shard] = self.begun.get(shard, 0) + 1
         return self.begun[shard]
 

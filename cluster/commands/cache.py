@@ -46,6 +46,7 @@ class Cache(Output, PoolOptions, CaptureConfig):
             return "\n".join([head, *sites])
         head = f"{result['store']}: {result['clips']} clips, {result['frames']} frames"
         done = f"{result['shards_computed']} of {result['shards']} shards computed in {result['seconds']:.1f} s"
+        done += f"; {n} were given out again because their worker died" if (n := result["shards_retried"]) else ""
         reasons = result["skipped_reasons"]
         skipped = [f"{len(reasons)} skipped:", *(f"  {reason}" for reason in reasons[:10]), *(["  ..."] if len(reasons) > 10 else [])]
         return "\n".join([head, *sites, done, *(skipped if reasons else [])])
@@ -59,7 +60,7 @@ def run_capture(config: CaptureConfig, workers: PoolOptions) -> dict[str, Any]:
     store, names = prepared.store, [site.name for site in prepared.sites]
     shards = list(prepared.pending)
     if not shards:
-        return summarise(prepared, 0, {}, time.perf_counter() - start)
+        return summarise(prepared, {"shards_computed": 0, "shards_retried": 0}, time.perf_counter() - start)
     kept = CaptureConfig(**{field.name: getattr(config, field.name) for field in fields(CaptureConfig)})
     frames = np.bincount(store.clips["shard"].to_numpy(), weights=store.clips["n_frames"].to_numpy())
     with RunLog(store, names, len(shards)) as log, _bar(int(frames[shards].sum())) as bar:
@@ -72,7 +73,8 @@ def run_capture(config: CaptureConfig, workers: PoolOptions) -> dict[str, Any]:
             log.add(result)
             bar.set_postfix_str(log.shares())
             bar.update(int(frames[result.shard]))
-    return summarise(prepared, log.counts["shards_computed"], dict(log.seconds), time.perf_counter() - start)
+    of_run = {name: log.counts[name] for name in ("shards_computed", "shards_retried")}
+    return summarise(prepared, of_run | {"run": log.name, "seconds_by_stage": dict(log.seconds)}, time.perf_counter() - start)
 
 
 def _bar(frames: int) -> "tqdm[Any]":

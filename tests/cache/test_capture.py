@@ -55,7 +55,7 @@ def run(dataset: Path, model: Path, out: Path, *sites: str, **settings) -> tuple
     config = CaptureConfig(str(dataset), str(model), sites or (RESIDUAL,), out, **{"chunk_rows": 64, "device": "cpu"} | settings)
     prepared = prepare(config)
     results = list(capture_in_process(config, prepared.pending))
-    return ActivationStore.open(out), summarise(prepared, len(results), {}, 0.0)
+    return ActivationStore.open(out), summarise(prepared, {"shards_computed": len(results)}, 0.0)
 
 
 @pytest.fixture(scope="module")
