@@ -164,14 +164,14 @@ class ActivationStore:
             put(path / "clips.parquet", _parquet(plan.clips))
             put(path / "skipped.parquet", _parquet(plan.skipped))
             store = cls(path, header)
+            store._write_header()  # before the folders of sites: a run that ends between them, or another that starts, finds a store
         store._add_sites(sites)
         return store
 
     def _add_sites(self, sites: Sequence[Site]) -> None:
-        if (self.path / "zarr.json").exists():
-            self.header = read_header(self.path)  # another run may have added sites since
+        self.header = read_header(self.path)  # another run may have added sites since
         new = [site for site in sites if site.name not in self.header.sites]
-        if not new and (self.path / "zarr.json").exists():
+        if not new:
             return
         merged = self.header.sites | {site.name: {"axis": site.axis, "width": site.width} for site in new}
         self.header = Header.from_json(self.header.to_json() | {"sites": merged})
@@ -180,6 +180,9 @@ class ActivationStore:
             memory = MemoryStore()
             _create_array(memory, (axis.shards * axis.shard_rows, site.width), site.axis, self.header)
             put(self.path / site.name / "zarr.json", _bytes_of(memory, "zarr.json") or b"")
+        self._write_header()
+
+    def _write_header(self) -> None:
         group = {"zarr_format": 3, "node_type": "group", "attributes": {"hearsae": self.header.to_json()}}
         put(self.path / "zarr.json", json.dumps(group, indent=1).encode())
 

@@ -52,7 +52,9 @@ def test_other_readers_read_the_arrays(tmp_path, reader, codec):
     from cache.header import Header
 
     plan = plan_of(SECONDS, chunk_rows=256, shard_rows=2048)
-    header = Header(model={"name": "m", "sha256": "1", "dims": {}}, dataset={}, axes=plan.axes, plan=plan.summary(), codec=codec)
+    header = Header(
+        model={"name": "m", "sha256": "1", "dims": {}, "has_decoder": False}, dataset={}, axes=plan.axes, plan=plan.summary(), codec=codec
+    )
     path = tmp_path / "acts.zarr"
     made = ActivationStore.create(path, header, plan, [Site("encoder.blocks.0", "frame", 16, 0)])
     expected = np.random.default_rng(0).standard_normal((plan.axes["frame"].shards * 2048, 16)).astype(np.float16)
