@@ -148,7 +148,7 @@ def test_7_explore(story, capsys):
 
 def test_8_every_command_says_it_to_people_too(story, capsys):
     root = story.root
-    dry = ["--dataset", "micro", "--model", "micro", "--sites", "encoder.blocks.*", "--out", root / "no", "--dry-run"]
+    dry = ["--dataset", "micro", "--model", "micro", "--sites", "encoder.blocks.*", "--out", root / "no", "--dry-run", "--calibrate", "1"]
     commands = {
         "info": [root / "train.zarr"],
         "verify": [root / "train.zarr"],

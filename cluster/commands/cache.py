@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cache.capture import CaptureConfig, plan_capture, prepare, summarise
-from cache.model import load_model
+from cache.capture import CaptureConfig, prepare, summarise
 from cache.runs import RunLog, live_runs
 from cluster.commands import Output, size
 from cluster.pipeline import PoolOptions, capture_shards
+from cluster.price import expected_workers, price, price_text
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,22 @@ class Cache(Output, PoolOptions, CaptureConfig):
     """Run Whisper over a dataset and keep activations in a store. The same command again finishes what is missing."""
 
     dry_run: bool = False
-    """Show what would be captured, and capture nothing."""
+    """Say what would be captured, how large it gets and how long it takes, and capture nothing."""
+
+    calibrate: float = 10.0
+    """Seconds for which --dry-run times the first clips on this machine, to estimate the whole; 0: no estimate."""
+    price_per_hour: float | None = None
+    """What a worker costs an hour (a machine's price over the workers that it runs): --dry-run prices the estimate."""
 
     def run(self) -> dict[str, Any]:
-        return self._plan() if self.dry_run else run_capture(self, self)
-
-    def _plan(self) -> dict[str, Any]:
-        _, plan, sites = plan_capture(self, load_model(self.model, "cpu"))
-        item = {"float16": 2, "float32": 4}[self.dtype]
-        rows = {"frame": sum(plan.clips["n_frames"].to_pylist()), "token": sum(n or 0 for n in plan.clips["n_tokens"].to_pylist())}
-        return {
-            "clips": plan.clips.num_rows,
-            "skipped": plan.skipped.num_rows,
-            "hours": sum(plan.clips["duration_s"].to_pylist()) / 3600,
-            "frames": rows["frame"],
-            "shards": plan.axes["frame"].shards,
-            "sites": {site.name: {"width": site.width, "bytes": rows[site.axis] * site.width * item} for site in sites},
-        }
+        if self.dry_run:
+            return price(self, self.calibrate, expected_workers(self, uses_gpu=self.device != "cpu"), self.price_per_hour)
+        return run_capture(self, self)
 
     def summary(self, result: dict[str, Any]) -> str:
-        sites = [f"  {name}: width {site['width']}, {size(site['bytes'])}" for name, site in result["sites"].items()]
         if self.dry_run:
-            size_of_set = f"{result['clips']} clips, {result['hours']:.2f} hours, {result['frames']} frames"
-            head = f"{size_of_set} in {result['shards']} shards; {result['skipped']} skipped"
-            return "\n".join([head, *sites])
+            return price_text(result)
+        sites = [f"  {name}: width {site['width']}, {size(site['bytes'])}" for name, site in result["sites"].items()]
         head = f"{result['store']}: {result['clips']} clips, {result['frames']} frames"
         done = f"{result['shards_computed']} of {result['shards']} shards computed in {result['seconds']:.1f} s"
         done += f"; {n} were given out again because their worker died" if (n := result["shards_retried"]) else ""

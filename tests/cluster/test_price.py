@@ -15,6 +15,7 @@ from cache.capture import CaptureConfig, Worker, prepare
 from cache.errors import HearsaeError, SourceError, StoreError
 from cache.model import capture, load_model
 from cache.sites import match_sites
+from cluster.cli import main
 from cluster.price import expected_workers, price, price_text, window_flop
 from cluster.workers import WorkerOptions
 
@@ -131,3 +132,14 @@ def test_how_many_workers_there_will_be():
     assert expected_workers(WorkerOptions(no_ray=True, workers=7), uses_gpu=False) == 1
     with pytest.raises(HearsaeError, match="--workers 0"):
         price(CaptureConfig("micro", "micro", ("encoder.blocks.0",), Path("/nowhere")), workers=0)
+
+
+def test_the_command_prints_it(config, capsys):
+    command = ["cache", "--dataset", config.dataset, "--model", config.model, "--sites", *config.sites, "--out", str(config.out), "--dry-run"]
+    command += ["--chunk-rows", "64", "--shard-rows", "512"]
+    assert main([*command, "--calibrate", "0.3", "--workers", "2", "--price-per-hour", "3", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for part in ("23 clips", "frame rows", "token rows", "GFLOP per window of 30 s", "windows/s", "with 2 workers", "price: ", "free for"):
+        assert part in out, out
+    assert main([*command, "--calibrate", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["estimated_seconds"] is None
