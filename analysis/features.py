@@ -5,13 +5,13 @@ A specification names the features: `neurons:SITE`, `sae:DIR`, `random:SITE`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from cache.errors import HearsaeError
+from cache.location import Location, location
 from cache.model import fast_matmul
 from cache.store import ActivationStore
 from sae.models import Codes, Dictionary, load_dictionary
@@ -113,14 +113,14 @@ def open_features(spec: str, store: ActivationStore, seed: int = 0) -> Features:
     if kind not in ("neurons", "sae", "random") or not name:
         raise HearsaeError(f"features '{spec}' can't be read: use {KINDS}")
     if kind == "sae":
-        return _open_sae(Path(name), store)
+        return _open_sae(location(name), store)
     store.axis(name)  # refuses a site that is not there
     if kind == "neurons":
         return Neurons(name, store.sites[name]["width"])
     return RandomBasis(name, store.stats(name).mean, seed)
 
 
-def _open_sae(folder: Path, store: ActivationStore) -> SaeLatents:
+def _open_sae(folder: Location, store: ActivationStore) -> SaeLatents:
     dictionary = load_dictionary(folder)
     config = dictionary.config
     if config.site not in store.sites:

@@ -14,7 +14,6 @@ drawn; every one of them does lie in its range.
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from analysis.grid import BINS, fixed_point, frame_hash
 from analysis.kernels import CANDIDATE, MOMENT, Tally, merge_candidates, new_tally, tally_dense, tally_sparse, top_dense, top_sparse
 from analysis.scan_folder import Scan, refuse_other_folder, write_scan
 from cache.errors import HearsaeError
+from cache.location import Location, location
 from cache.store import ActivationStore, Span
 
 BLOCK_ROWS = 8192
@@ -81,7 +81,7 @@ MapShards = Callable[[Callable[[int], ShardScan], Iterable[int]], Iterable[Shard
 def scan(
     store: ActivationStore,
     spec: str,
-    out: str | Path,
+    out: str | Location,
     options: ScanOptions | None = None,
     *,
     map_shards: MapShards = map,
@@ -96,7 +96,7 @@ def scan(
     Memory does not grow with the number of shards. Raises HearsaeError where there are no rows, or rows that are not finite.
     """
     options = options or ScanOptions()
-    refuse_other_folder(Path(out))
+    refuse_other_folder(location(out))
     features = open_features(spec, store, options.seed)
     scan_one = partial(scan_shard, features, store, options=options)
     shards: Iterable[int]
@@ -110,7 +110,7 @@ def scan(
     merged = reduce(merge, map_shards(scan_one, shards), empty(features, options))
     if list(merged.shards) != expected:
         raise HearsaeError(f"scanned shards {list(merged.shards)} of {store.path}, not {expected}: some results were lost")
-    return finish(merged, store, features, Path(out))
+    return finish(merged, store, features, location(out))
 
 
 def scan_shard(features: Features, store: ActivationStore, shard: int, options: ScanOptions) -> ShardScan:
@@ -163,7 +163,7 @@ def _merge_top(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.take_along_axis(both, order[:, : a.shape[1]], axis=1)
 
 
-def finish(merged: ShardScan, store: ActivationStore, features: Features, out: Path) -> Scan:
+def finish(merged: ShardScan, store: ActivationStore, features: Features, out: Location) -> Scan:
     """Writes the folder of a scan. Raises HearsaeError where no rows were scanned, StoreError where it can't be written."""
     if not merged.rows:
         raise HearsaeError(f"{store.path} has no rows of {features.site} yet: run 'hearsae cache' first")

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +28,8 @@ from analysis.grid import BINS, FRACTION_BITS, MAGNITUDES, bin_edges
 from analysis.kernels import draw
 from cache.errors import HearsaeError
 from cache.header import software
-from cache.store import ActivationStore, put
+from cache.location import Location, arrow_input, location, put
+from cache.store import ActivationStore
 
 if TYPE_CHECKING:
     from analysis.scan import ShardScan
@@ -47,15 +47,15 @@ FEATURES_PER_GROUP = 64
 class Scan:
     """A scan folder, for reading. `Scan.open(folder)`."""
 
-    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+    def __init__(self, path: Location, info: dict[str, Any]) -> None:
         """Use `open`."""
         self.path = path
         self.info = info
 
     @classmethod
-    def open(cls, path: str | Path) -> "Scan":
+    def open(cls, path: str | Location) -> "Scan":
         """Raises HearsaeError if there is no scan at `path`, or one of another format."""
-        path = Path(path)
+        path = location(path)
         try:
             info = json.loads((path / SCAN).read_bytes())
             found = info["format"]
@@ -74,7 +74,7 @@ class Scan:
     def features(self) -> pa.Table:
         """`features.parquet`, whole."""
         try:
-            table = pq.read_table(self.path / FEATURES)
+            table = pq.read_table(arrow_input(self.path / FEATURES))
         except (OSError, pa.ArrowException) as error:
             raise HearsaeError(f"{self.path / FEATURES} can't be read ({error}): run 'hearsae scan' again") from error
         if table.num_rows != self.info["count"] or not {"density", "mean", "std", "hist_count"} <= set(table.column_names):
@@ -102,7 +102,7 @@ class Scan:
     @cached_property
     def _examples_file(self) -> pq.ParquetFile:
         try:
-            file = pq.ParquetFile(self.path / EXAMPLES)
+            file = pq.ParquetFile(arrow_input(self.path / EXAMPLES))
         except (OSError, pa.ArrowException) as error:
             raise HearsaeError(f"{self.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
         check_examples(self.path, file.schema_arrow.names)
@@ -116,7 +116,7 @@ class Scan:
         return np.array([s.min for s in statistics], np.int64), np.array([s.max for s in statistics], np.int64)
 
 
-def check_examples(path: Path, columns: Sequence[str]) -> None:
+def check_examples(path: Location, columns: Sequence[str]) -> None:
     """Raises HearsaeError if these are not the columns of `examples.parquet`."""
     if columns[:1] != ["feature"] or not {"kind", "rank", "value", "clip", "frame", "text"} <= set(columns):
         raise HearsaeError(f"{path / EXAMPLES} is not of a scan: run 'hearsae scan' again")
@@ -125,7 +125,7 @@ def check_examples(path: Path, columns: Sequence[str]) -> None:
 # Writing
 
 
-def refuse_other_folder(out: Path) -> None:
+def refuse_other_folder(out: Location) -> None:
     """Raises HearsaeError if `out` can't become a scan folder: it is a file, or holds other things."""
     try:
         names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.exists() else set()
@@ -135,7 +135,7 @@ def refuse_other_folder(out: Path) -> None:
         raise HearsaeError(f"{out} holds other things and is no scan: choose an empty or new folder")
 
 
-def write_scan(merged: "ShardScan", store: ActivationStore, features: Features, out: Path) -> None:
+def write_scan(merged: "ShardScan", store: ActivationStore, features: Features, out: Location) -> None:
     """Writes the three files, each atomically, `scan.json` last. Raises StoreError if the place is full or read-only."""
     table = feature_table(merged)
     examples = example_table(merged, table, store, store.sites[features.site]["axis"])

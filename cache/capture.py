@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from cache.audio import Source, load_clip, open_source
 from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import FRAME_SECONDS, Header
+from cache.location import Location
 from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
 from cache.plan import Plan, make_plan
 from cache.sites import Site, match_sites
@@ -36,7 +36,7 @@ class CaptureConfig:
     """micro (the toy inside hearsae), a name of openai-whisper (tiny.en, ...: downloads it), or a checkpoint file in its format (./micro)."""
     sites: tuple[str, ...]
     """Sites or patterns: encoder.blocks.2, 'encoder.blocks.*.mlp.1', ..."""
-    out: Path
+    out: Location
     """The store to create or continue."""
     split: str | None = None
     """Split of the dataset."""

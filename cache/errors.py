@@ -15,3 +15,7 @@ class SourceError(HearsaeError):
 
 class ModelError(HearsaeError):
     """A checkpoint that can't be loaded, or can't do what was asked of it."""
+
+
+class RemoteError(HearsaeError):
+    """An object store that refuses, fails, can't be reached, or has no such bucket."""

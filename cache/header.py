@@ -4,10 +4,10 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal
 
 from cache.errors import StoreError
+from cache.location import Location
 from cache.plan import Axis
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def software() -> dict[str, str]:
     return found
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Location) -> Header:
     """The header of the store at `path`. Raises StoreError if there is no store, or one of another format."""
     try:
         data = json.loads((path / "zarr.json").read_bytes())["attributes"]["hearsae"]
@@ -97,7 +97,7 @@ def _check(header: Header) -> None:
             raise ValueError
 
 
-def refuse_difference(path: Path, have: Header, want: Header) -> None:
+def refuse_difference(path: Location, have: Header, want: Header) -> None:
     """Raises StoreError naming the first thing in which the store at `path` differs from what a run wants."""
     theirs, ours = have.identity(), want.identity()
     for key in theirs | ours:

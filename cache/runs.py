@@ -19,7 +19,8 @@ from typing import Any
 from cache.capture import ShardResult
 from cache.errors import HearsaeError
 from cache.header import software
-from cache.store import ActivationStore, put
+from cache.location import put
+from cache.store import ActivationStore
 
 WRITE_EVERY_SECONDS = 10
 SILENT_AFTER_SECONDS = 60

@@ -6,14 +6,11 @@ record does: objects are written aside and renamed, records after them, so a rea
 
 import base64
 import json
-import os
 import socket
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -21,11 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore
 
 from cache.errors import StoreError
 from cache.header import Header, read_header, refuse_difference, software
+from cache.location import Location, RemotePath, arrow_input, location, names_in, put
 from cache.plan import Axis, Plan
 from cache.sites import Site
 
@@ -97,24 +96,6 @@ class CommitRecord:
         return cls(**data | {"sum": total, "skipped": tuple(Skip(**skip) for skip in data["skipped"])})
 
 
-def put(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file atomically and durably: aside, fsync, rename. Raises StoreError on a full disk or a read-only place."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StoreError(f"can't write {path}: {error.strerror or error}") from error
-
-
 def _parquet(table: pa.Table) -> memoryview:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
@@ -124,9 +105,9 @@ def _parquet(table: pa.Table) -> memoryview:
 class ActivationStore:
     """An activation store: `create` to write, `open` to read."""
 
-    def __init__(self, path: str | Path, header: Header) -> None:
+    def __init__(self, path: str | Location, header: Header) -> None:
         """Use `open` or `create`."""
-        self.path = Path(path)
+        self.path = location(path)
         self.header = header
         self._arrays: dict[str, zarr.Array] = {}
         self._records: dict[tuple[str, int], CommitRecord] = {}
@@ -138,17 +119,17 @@ class ActivationStore:
     # Opening and creating
 
     @classmethod
-    def open(cls, path: str | Path) -> "ActivationStore":
+    def open(cls, path: str | Location) -> "ActivationStore":
         """Opens an existing store. Raises StoreError if there is none at `path`."""
-        return cls(path, read_header(Path(path)))
+        return cls(path, read_header(location(path)))
 
     @classmethod
-    def create(cls, path: str | Path, header: Header, plan: Plan, sites: Sequence[Site]) -> "ActivationStore":
+    def create(cls, path: str | Location, header: Header, plan: Plan, sites: Sequence[Site]) -> "ActivationStore":
         """Creates the store, or continues it if its header agrees; adds the arrays of `sites` that are new.
 
         Raises StoreError naming the first difference if a store made otherwise is there, or if something else is.
         """
-        path = Path(path)
+        path = location(path)
         if (path / "zarr.json").exists():
             store = cls.open(path)
             refuse_difference(path, store.header, header)
@@ -200,7 +181,7 @@ class ActivationStore:
 
     def _table(self, name: str) -> pa.Table:
         try:
-            return pq.read_table(self.path / name)
+            return pq.read_table(arrow_input(self.path / name))
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{self.path / name} can't be read: {error}") from error
 
@@ -226,7 +207,7 @@ class ActivationStore:
         for site in sites:
             self.axis(site)
             folder = self.path / "commits" / site
-            shards = {int(entry.name[:-5]) for entry in os.scandir(folder) if _is_record(entry.name)} if folder.is_dir() else set()
+            shards = {int(name[:-5]) for name in names_in(folder) if _is_record(name)}
             common = shards if common is None else common & shards
         return sorted(common or ())
 
@@ -360,7 +341,7 @@ class ActivationStore:
                 raise StoreError(f"{path} is missing or cut short: run 'hearsae repair {self.path}', then 'hearsae cache' again")
             self._present.add((site, shard))
         if site not in self._arrays:
-            opened = zarr.open_array(LocalStore(self.path / site, read_only=True), mode="r")
+            opened = zarr.open_array(_reading(self.path / site), mode="r")
             self._arrays[site] = opened
         return self._arrays[site]
 
@@ -407,10 +388,10 @@ class ActivationStore:
         array[:] = rows
         return _bytes_of(memory, "c/0/0")
 
-    def _object_path(self, site: str, shard: int) -> Path:
+    def _object_path(self, site: str, shard: int) -> Location:
         return self.path / site / "c" / str(shard) / "0"
 
-    def _record_path(self, site: str, shard: int) -> Path:
+    def _record_path(self, site: str, shard: int) -> Location:
         return self.path / "commits" / site / f"{shard:06d}.json"
 
     # Trust
@@ -458,7 +439,7 @@ class ActivationStore:
             for damage in fixable:
                 self._record_path(damage.site, damage.shard).unlink()
                 self._records.pop((damage.site, damage.shard), None)
-            for stale in self.path.rglob(".*.tmp"):
+            for stale in () if isinstance(self.path, RemotePath) else self.path.rglob(".*.tmp"):  # an object has no half-written state
                 stale.unlink()
         except OSError as error:
             raise StoreError(f"can't repair {self.path}: {error.strerror}") from error
@@ -486,6 +467,10 @@ def _create_array(store: MemoryStore, shape: tuple[int, ...], axis: str, header:
         fill_value=0,
         dimension_names=(axis, f"width_{shape[1]}"),
     )
+
+
+def _reading(path: Location) -> Store:
+    return ObjectStore(path.store.below(path.key), read_only=True) if isinstance(path, RemotePath) else LocalStore(path, read_only=True)
 
 
 def _bytes_of(store: MemoryStore, key: str) -> memoryview | None:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Union, get_args
 
 COMMANDS = {
     "demo": ("Demo", "the whole story on the embedded speech, ending with a page to open"),
@@ -52,7 +54,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
     try:
         command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
-        command = tyro.cli(command_class, prog=f"hearsae {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+        command = tyro.cli(command_class, prog=f"hearsae {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), registry=_constructors())
         with redirect_stdout(Aside()):  # what libraries have to say is not the answer
             result = command.run()
         print(json.dumps(result, default=str) if command.json else command.summary(result), flush=True)
@@ -80,6 +82,38 @@ class Aside(io.TextIOBase):
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def _constructors() -> Any:
+    """How tyro makes a Location from an argument: as it makes a Path, but that addresses of object stores are told from paths."""
+    import tyro
+    from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    from cache.location import RemotePath, location
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def either(info: PrimitiveTypeInfo) -> Any:
+        if RemotePath not in get_args(info.type):
+            return None
+        others = tuple(kind for kind in get_args(info.type) if kind is not RemotePath)
+        without: Any = Union[others]  # noqa: UP007 - of a tuple
+        return registry.get_primitive_spec(PrimitiveTypeInfo.make(without, info.markers))
+
+    @registry.primitive_rule
+    def one(info: PrimitiveTypeInfo) -> Any:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda arguments: location(arguments[0]),
+            is_instance=lambda value: isinstance(value, Path | RemotePath),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 if __name__ == "__main__":

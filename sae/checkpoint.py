@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -10,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cache.errors import HearsaeError
-from cache.store import put
+from cache.location import Location, put
 
 
 class State(NamedTuple):
@@ -33,7 +32,7 @@ class Checkpoint(NamedTuple):
     """Of each SAE of the grid."""
 
 
-def save_checkpoint(path: Path, identity: dict[str, Any], checkpoint: Checkpoint) -> None:
+def save_checkpoint(path: Location, identity: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Writes it atomically in place of the last one. identity: what a run must agree in to go on from it; JSON."""
     tensors = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()
@@ -44,7 +43,7 @@ def save_checkpoint(path: Path, identity: dict[str, Any], checkpoint: Checkpoint
     put(path, safetensors.torch.save(tensors, metadata={"hearsae": json.dumps(facts)}))
 
 
-def load_checkpoint(path: Path, identity: dict[str, Any]) -> Checkpoint | None:
+def load_checkpoint(path: Location, identity: dict[str, Any]) -> Checkpoint | None:
     """The last checkpoint, or None. Raises HearsaeError if it is damaged or of another run."""
     if not path.exists():
         return None
@@ -62,7 +61,7 @@ def load_checkpoint(path: Path, identity: dict[str, Any]) -> Checkpoint | None:
         raise HearsaeError(f"{path} is damaged ({error}): remove it to train from the start") from error
 
 
-def refuse_difference(path: Path, have: dict[str, Any], want: dict[str, Any]) -> None:
+def refuse_difference(path: Location, have: dict[str, Any], want: dict[str, Any]) -> None:
     """Raises HearsaeError, naming the first difference, unless both are of one run."""
     for name in have | want:
         if have.get(name) != want.get(name):

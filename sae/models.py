@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cache.errors import HearsaeError
-from cache.store import put
+from cache.location import Location, location, put
 from sae.sparse import Codes, SparseRows, decode_rows, select_above, select_topk
 
 __all__ = ["ARCHS", "Codes", "Dictionary", "SaeConfig", "load_dictionary"]
@@ -172,22 +172,22 @@ class Dictionary(nn.Module):
         raw.threshold.copy_(self.threshold.double() / scale)
         return raw
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Location) -> None:
         """Writes `sae.safetensors` and `config.json`, each atomically. Raises HearsaeError where that can't be done."""
-        folder = Path(folder)
+        folder = location(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         put(folder / WEIGHTS, safetensors.torch.save(tensors))
         put(folder / CONFIG, json.dumps(asdict(replace(self.config, hearsae=version("hearsae"))), indent=1).encode())
 
 
-def load_dictionary(folder: str | Path) -> Dictionary:
+def load_dictionary(folder: str | Location) -> Dictionary:
     """Reads a saved dictionary. Raises HearsaeError if there is none in `folder`, or if it is damaged or of another format."""
-    folder = Path(folder)
+    folder = location(folder)
     try:
         data = json.loads((folder / CONFIG).read_bytes())
         state = safetensors.torch.load((folder / WEIGHTS).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise HearsaeError(f"there is no SAE in {folder}: {Path(error.filename).name} is missing") from None
+        raise HearsaeError(f"there is no SAE in {folder}: {PurePath(error.filename).name} is missing") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise HearsaeError(f"the SAE in {folder} is damaged: {error}") from error
     config = _read_config(folder, data)
@@ -203,7 +203,7 @@ def load_dictionary(folder: str | Path) -> Dictionary:
     return dictionary.requires_grad_(False)
 
 
-def _read_config(folder: Path, data: object) -> SaeConfig:
+def _read_config(folder: Location, data: object) -> SaeConfig:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise HearsaeError(f"{folder / CONFIG} is no SAE config of format {FORMAT}")
     known = {field.name for field in fields(SaeConfig)}

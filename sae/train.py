@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,9 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cache.errors import HearsaeError
+from cache.location import Location, put
 from cache.model import choose_device, fast_matmul
-from cache.store import ActivationStore, put
+from cache.store import ActivationStore
 from sae.checkpoint import Checkpoint, State, load_checkpoint, refuse_difference, save_checkpoint
+from sae.log import open_log
 from sae.models import Dictionary, SaeConfig
 from sae.sparse import SparseRows, autoencode, select_above, select_batch_topk, select_topk
 from sae.stream import RowStream
@@ -49,11 +50,11 @@ class TrainConfig:
     The same command again continues from the last checkpoint; a finished run is left alone.
     """
 
-    store: tuple[Path, ...]
+    store: tuple[Location, ...]
     """Activation stores to train on, captured from the same Whisper."""
     site: tuple[str, ...]
     """Sites whose rows to learn, one SAE each."""
-    out: Path
+    out: Location
     """Folder for the SAE (of a grid: one folder per SAE in it), train.json and TensorBoard logs."""
     d_sae: tuple[int, ...] = (3072,)
     """Numbers of latents."""
@@ -149,7 +150,7 @@ def train(config: TrainConfig, stores: Sequence[ActivationStore] | None = None) 
         seconds, waited = earlier.seconds + time.perf_counter() - started, earlier.waited + stream.wait_seconds
         return Checkpoint(stream.position, seconds, waited, [trainee.state() for trainee in trainees])
 
-    with _threads(config.threads), fast_matmul(), stream, _progress(config, earlier.position) as bar, _log(config.out, earlier.position) as log:
+    with _threads(config.threads), fast_matmul(), stream, _progress(config, earlier.position) as bar, open_log(config.out, earlier.position) as log:
         for step in range(earlier.position // config.batch, steps):
             rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
             rate = learning_rate_factor(step, steps, config.warmup, config.decay)
@@ -320,7 +321,7 @@ def _grid(config: TrainConfig, stores: Sequence[ActivationStore]) -> list[SaeCon
     ]
 
 
-def _folders(out: Path, grid: Sequence[SaeConfig]) -> list[Path]:
+def _folders(out: Location, grid: Sequence[SaeConfig]) -> list[Location]:
     if len(grid) == 1:
         return [out]
     return [out / f"{sae.site}-{sae.arch}-{sae.d_sae}{f'-k{sae.k}' if sae.k else ''}-seed{sae.seed}" for sae in grid]
@@ -367,7 +368,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
 
 
-def _result(folder: Path, trainee: Trainee, end: Checkpoint) -> RunResult:
+def _result(folder: Location, trainee: Trainee, end: Checkpoint) -> RunResult:
     sae = trainee.sae.config
     return RunResult(
         dir=str(folder),
@@ -386,7 +387,7 @@ def _result(folder: Path, trainee: Trainee, end: Checkpoint) -> RunResult:
     )
 
 
-def _read_results(path: Path, identity: dict[str, Any]) -> list[RunResult]:
+def _read_results(path: Location, identity: dict[str, Any]) -> list[RunResult]:
     try:
         data = json.loads(path.read_bytes())
         have, results = data["identity"], [RunResult(**run) for run in data["runs"]]
@@ -416,15 +417,6 @@ def _threads(n: int | None) -> Iterator[None]:
 def _progress(config: TrainConfig, done: int) -> "tqdm[Any]":
     shown = sys.stderr.isatty() and not config.quiet
     return tqdm(total=config.rows // config.batch * config.batch, initial=done, unit="row", unit_scale=True, disable=not shown)
-
-
-def _log(out: Path, position: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # a second of imports, for training only
-
-    try:
-        return SummaryWriter(str(out / "tb"), purge_step=position or None)
-    except OSError as error:
-        raise HearsaeError(f"can't write {out}: {error.strerror or error}") from error
 
 
 def _passes(position: int, batch: int, every: int) -> bool:

@@ -30,6 +30,7 @@ from analysis.features import open_features
 from analysis.scan_folder import EXAMPLES, Scan, check_examples
 from cache.errors import HearsaeError
 from cache.header import software
+from cache.location import Location, arrow_input, location
 from cache.store import ActivationStore
 
 FORMAT = 1
@@ -61,13 +62,13 @@ class _Part:
 
 
 def export(
-    scans: Sequence[str | Path],
+    scans: Sequence[str | Location],
     out: str | Path,
     *,
     features: str | None = None,
     audio: str = "vorbis",
     context_s: float = 1.0,
-    store: str | Path | None = None,
+    store: str | Location | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes the page of one or more scans to `out`, a new or empty folder or one of an earlier export, which it replaces.
@@ -143,14 +144,17 @@ def parse_features(wanted: str | None, count: int) -> np.ndarray:
 # What goes in
 
 
-def _open_part(name: str, scan: Scan, stores: dict[str, ActivationStore], moved_to: str | Path | None, wanted: str | None, context_s: float) -> _Part:
+def _open_part(
+    name: str, scan: Scan, stores: dict[str, ActivationStore], moved_to: str | Location | None, wanted: str | None, context_s: float
+) -> _Part:
     info = scan.info
-    path = str(Path(moved_to if moved_to is not None else info["store"]).absolute())
+    place = location(moved_to if moved_to is not None else info["store"]).absolute()
+    path = str(place)
     if path not in stores:
-        if not Path(path).is_dir():
+        if not place.is_dir():
             moved = "there" if moved_to is not None else "there any more: say with --store where it is now"
             raise HearsaeError(f"the activation store {path} of the scan {scan.path} is not {moved}")
-        stores[path] = ActivationStore.open(path)
+        stores[path] = ActivationStore.open(place)
     store = stores[path]
     if store.header.model["sha256"] != info["model"]["sha256"] or info["site"] not in store.sites:
         raise HearsaeError(f"{path} is not the store of the scan {scan.path}: it was made with another model, or has no site {info['site']}")
@@ -168,7 +172,7 @@ def _open_part(name: str, scan: Scan, stores: dict[str, ActivationStore], moved_
 def _examples(scan: Scan) -> pa.Table:
     """All of them at once: `Scan.examples` reads a feature's, and would decode each row group for every feature in it."""
     try:
-        table = pq.read_table(scan.path / EXAMPLES, read_dictionary=["kind", "text"])
+        table = pq.read_table(arrow_input(scan.path / EXAMPLES), read_dictionary=["kind", "text"])
     except (OSError, pa.ArrowException) as error:
         raise HearsaeError(f"{scan.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
     check_examples(scan.path, table.column_names)

@@ -2,11 +2,11 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from cache.location import Location
 from cache.store import ActivationStore
 from cluster.commands import Output
 from sae.metrics import check_fits, evaluate
@@ -17,9 +17,9 @@ from sae.models import load_dictionary
 class Evaluate(Output):
     """L0, FVU, dead and dense latents and densities of trained SAEs, over all rows of a (held-out) store."""
 
-    sae: tuple[Path, ...]
+    sae: tuple[Location, ...]
     """Folders of trained SAEs."""
-    store: Path
+    store: Location
     """The store to evaluate on."""
 
     def run(self) -> dict[str, Any]:

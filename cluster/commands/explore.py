@@ -9,6 +9,7 @@ import tyro
 from tqdm import tqdm
 
 from analysis.explorer.export import export
+from cache.location import Location
 from cluster.commands import Output, size
 
 
@@ -16,7 +17,7 @@ from cluster.commands import Output, size
 class Explore(Output):
     """Write scans as a page that opens from the file system: every feature, its histogram, its moments to look at and listen to."""
 
-    scans: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    scans: Annotated[tuple[Location, ...], tyro.conf.Positional]
     """Folders of scans."""
     out: Path = Path("page")
     """Folder for the page."""
@@ -26,7 +27,7 @@ class Explore(Output):
     """How the page carries sound."""
     context_s: float = 1.0
     """Seconds shown and played on either side of a moment."""
-    store: Path | None = None
+    store: Location | None = None
     """The store, if it moved since the scan."""
 
     def run(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """`hearsae info`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from cache.location import Location
 from cache.store import ActivationStore
 from cluster.commands import Output, size
 
@@ -14,7 +14,7 @@ from cluster.commands import Output, size
 class Info(Output):
     """What a store holds: model, sites, clips, and how much of it is committed."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Annotated[Location, tyro.conf.Positional]
     """The store."""
 
     def run(self) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """`hearsae query`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from analysis.features import open_features
 from analysis.query import feature_moments, top_features
 from analysis.scan import Scan
 from cache.errors import HearsaeError
+from cache.location import Location
 from cache.store import ActivationStore
 from cluster.commands import Output
 
@@ -16,7 +16,7 @@ from cluster.commands import Output
 class Query(Output):
     """Ask in either direction: `--feature N` for the moments of a feature; `--clip C --time T` for the strongest features at a moment."""
 
-    scan: Path
+    scan: Location
     """Folder of a scan."""
     feature: int | None = None
     """Whose moments to list."""
@@ -28,7 +28,7 @@ class Query(Output):
     """Seconds into the source."""
     n: int = 10
     """How many features to list."""
-    store: Path | None = None
+    store: Location | None = None
     """The store, if it moved since the scan."""
 
     def run(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """`hearsae repair`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from cache.location import Location
 from cache.store import ActivationStore
 from cluster.commands import Output
 
@@ -14,7 +14,7 @@ from cluster.commands import Output
 class Repair(Output):
     """Drop the records of what is damaged, so that the same 'hearsae cache' command makes it again."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Annotated[Location, tyro.conf.Positional]
     """The store."""
 
     def run(self) -> dict[str, Any]:

@@ -4,12 +4,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from analysis.scan import ScanOptions, ShardScan, merge, scan
+from cache.location import Location
 from cache.store import ActivationStore
 from cluster.commands import Output
 from cluster.shards import reduce_shards
@@ -18,11 +18,11 @@ from cluster.workers import WorkerOptions
 
 @dataclass(frozen=True)
 class _What:
-    store: Path
+    store: Location
     """The store to scan."""
     features: str
     """neurons:SITE, sae:DIR or random:SITE (a random orthogonal basis of the site)."""
-    out: Path
+    out: Location
     """Folder for the results."""
 
 
@@ -42,7 +42,9 @@ class Scan(Output, WorkerOptions, ScanOptions, _What):
         return f"{result['dir']}: {result['features']} features over {result['rows']} rows in {result['seconds']:.1f} s"
 
 
-def run_scan(store_path: Path, spec: str, out: Path, options: ScanOptions, workers: WorkerOptions, follow: float | None = None) -> dict[str, Any]:
+def run_scan(
+    store_path: Location, spec: str, out: Location, options: ScanOptions, workers: WorkerOptions, follow: float | None = None
+) -> dict[str, Any]:
     """Scans on workers and returns the summary that `--json` prints. follow: wait so many seconds for each next shard of a growing store."""
     start = time.perf_counter()
     kept = ScanOptions(**{field.name: getattr(options, field.name) for field in fields(ScanOptions)})

@@ -1,11 +1,11 @@
 """`hearsae verify`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from cache.location import Location
 from cache.store import ActivationStore
 from cluster.commands import Output
 
@@ -14,7 +14,7 @@ from cluster.commands import Output
 class Verify(Output):
     """Read every committed object of a store and name what is damaged. Exits with 1 if anything is."""
 
-    store: Annotated[Path, tyro.conf.Positional]
+    store: Annotated[Location, tyro.conf.Positional]
     """The store."""
 
     def run(self) -> dict[str, Any]:

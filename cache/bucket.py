@@ -1,0 +1,248 @@
+"""A bucket of an object store, through obstore: what can pass is tried again with patience, what is hopeless is said at once.
+
+Settings come from the usual environment; docs/store.md lists it. Nothing here is pickled or sent anywhere: another process opens its own.
+"""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from configparser import ConfigParser
+from configparser import Error as ConfigError
+from contextlib import suppress
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import obstore
+from obstore.exceptions import BaseError
+
+from cache.errors import RemoteError
+
+Result = TypeVar("Result")
+
+WHOLE_PUT_BYTES = 32 << 20
+"""Larger objects are sent in parts of this size, several at once: what is cut off costs one part."""
+CLIENT = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=120)}
+"""Of one request, its body included."""
+PATIENT = {"max_retries": 12, "retry_timeout": timedelta(minutes=3), "backoff": {"init_backoff": timedelta(milliseconds=100), "base": 2}}
+IMPATIENT = {"max_retries": 0}
+"""Until the store has answered once: an address that was mistyped shall not be tried for minutes."""
+FIRST_TRIES = 2
+METADATA_ADDRESS = "http://169.254.169.254"
+METADATA_SECONDS = 1.0
+"""A machine in the cloud answers within milliseconds; elsewhere this address swallows what is sent to it."""
+
+
+class Bucket:
+    """One bucket. Keys are text without a slash at either end.
+
+    Every method raises FileNotFoundError for an object that is not there, and RemoteError, one line for people, for all else that fails:
+    wrong credentials, no such bucket, a store that can't be reached, or that fails again and again for minutes.
+    """
+
+    def __init__(self, scheme: str, name: str, settings: dict[str, Any], client: dict[str, Any]) -> None:
+        """Use `open_bucket`."""
+        self.address = f"{scheme}://{name}"
+        kind: Any = {"s3": obstore.store.S3Store, "gs": obstore.store.GCSStore}[scheme]
+        self._make = partial(kind, name, config=settings, client_options=CLIENT | client)
+        try:
+            self._impatient, self._patient = self._make(retry_config=IMPATIENT), self._make(retry_config=PATIENT)
+        except (BaseError, ValueError, OSError) as error:
+            raise self.explain(error, "") from None
+        self._has_answered = False
+
+    def get(self, key: str) -> bytes:
+        return self._ask(key, lambda store: bytes(obstore.get(store, key).bytes()))
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop), which must be in the object; fewer if it ends before `stop`."""
+        return self._ask(key, lambda store: bytes(obstore.get_range(store, key, start=start, end=stop)))
+
+    def size(self, key: str) -> int:
+        return self._ask(key, lambda store: obstore.head(store, key)["size"])
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Writes a whole object: it appears when its last byte has arrived, in place of what was there."""
+        in_parts = len(data) > WHOLE_PUT_BYTES
+        self._ask(key, lambda store: obstore.put(store, key, data, use_multipart=in_parts, chunk_size=WHOLE_PUT_BYTES, max_concurrency=4))
+
+    def delete(self, key: str) -> None:
+        """Silent where nothing is there."""
+        with suppress(FileNotFoundError):
+            self._ask(key, lambda store: obstore.delete(store, key))
+
+    def children(self, prefix: str) -> list[str]:
+        """The names right below a prefix, of objects and of further prefixes."""
+        listing = self._ask(prefix, lambda store: obstore.list_with_delimiter(store, prefix or None))
+        keys = [*listing["common_prefixes"], *(entry["path"] for entry in listing["objects"])]
+        return sorted({key.rpartition("/")[2] for key in keys if key != prefix})
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Every key below a prefix, page by page, in no order that counts."""
+        pages = iter(self._ask(prefix, lambda store: obstore.list(store, prefix or None)))
+        # A page is asked for when it is wanted, and is retried by obstore; the first one is the first contact.
+        while page := self._ask(prefix, lambda _: next(pages, None)):
+            yield from (entry["path"] for entry in page if entry["path"] != prefix)
+
+    def holds_any(self, prefix: str) -> bool:
+        return next(self.keys(prefix), None) is not None
+
+    def below(self, prefix: str) -> Any:
+        """For zarr: obstore's own store of what is below a prefix. `explain` makes its errors readable."""
+        return self._make(prefix=prefix, retry_config=PATIENT)
+
+    def _ask(self, key: str, request: Callable[[Any], Result]) -> Result:
+        for tries_left in reversed(range(1 if self._has_answered else FIRST_TRIES)):
+            try:
+                result = request(self._patient if self._has_answered else self._impatient)
+            except FileNotFoundError as error:
+                self._refuse_missing_bucket(error)
+                self._has_answered = True
+                raise FileNotFoundError(2, "there is no such object", f"{self.address}/{key}") from None
+            except (BaseError, ValueError, OSError) as error:
+                if "Could not parse path" in str(error):  # a name that no key can have, such as one with a line break
+                    raise FileNotFoundError(2, "there is no such object", f"{self.address}/{key}") from None
+                if self._has_answered or _is_final(error):
+                    raise self.explain(error, key) from None
+                if not _is_unreachable(error):  # somebody is there: from now on with patience
+                    self._has_answered = True
+                    return self._ask(key, request)
+                if not tries_left:
+                    raise self.explain(error, key) from None
+                time.sleep(0.3)
+            else:
+                self._has_answered = True
+                return result
+        raise AssertionError
+
+    def _refuse_missing_bucket(self, error: Exception) -> None:
+        """Raises RemoteError if it was the bucket that is not there. Answers to HEAD do not say: then a listing does, once."""
+        if "NoSuchBucket" in str(error):
+            raise self.explain(error, "") from None
+        if not self._has_answered:
+            try:
+                obstore.list(self._impatient, "hearsae-asks-for-the-bucket").collect()
+            except BaseError as of_listing:
+                if "NoSuchBucket" in str(of_listing):
+                    raise self.explain(of_listing, "") from None
+
+    def explain(self, error: BaseException, key: str) -> RemoteError:
+        """What an error of obstore means, in one line."""
+        text = str(error)
+        status, code, message = (_find(pattern, text) for pattern in (r"status code: (\d{3})", r"<Code>(.*?)</Code>", r"<Message>(.*?)</Message>"))
+        where = f"{self.address}/{key}" if key else self.address
+        said = ": ".join(part for part in (code, message) if part) or _find(r"status code: (.*?):", text)
+        if code == "NoSuchBucket" or (status == "404" and not key):
+            return RemoteError(f"there is no bucket {self.address}")
+        if status in ("401", "403"):
+            return RemoteError(f"{where}: the object store refuses ({said}): check the credentials and what they are allowed to do")
+        if _is_unreachable(error):
+            endpoint = _find(r"(https?://[^/\s]+)", text)
+            return RemoteError(f"{where}: the object store at {endpoint} can't be reached: check its address (AWS_ENDPOINT_URL) and the network")
+        if "BadScheme" in text:
+            return RemoteError(f"{where}: http:// is spoken only where AWS_ENDPOINT_URL says so")
+        if status == "301" or "redirect" in text:
+            return RemoteError(f"{where}: the bucket is in another region: set AWS_REGION")
+        what = said or text.partition("\n")[0].removeprefix("Generic S3 error: ").removeprefix("Generic GCS error: ")
+        return RemoteError(f"{where}: the object store failed ({what})")
+
+
+def _find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text, re.DOTALL)
+    return " ".join(found[1].split())[:200] if found else ""
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again is no use."""
+    return bool(re.search(r"status code: 4(?!08|29)\d\d|status code: 3|BadScheme", str(error))) or not isinstance(error, BaseError)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    return "kind: Connect" in str(error) or ("kind: Timeout" in str(error) and "Connect" in str(error))
+
+
+# Settings
+
+
+def open_bucket(scheme: str, name: str) -> Bucket:
+    """The bucket, as the environment says; the same one as long as the environment stays. Raises RemoteError without credentials."""
+    relevant = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith(("AWS_", "GOOGLE_", "STORAGE_EMULATOR"))))
+    return _open_bucket(scheme, name, relevant)
+
+
+@lru_cache(maxsize=16)
+def _open_bucket(scheme: str, name: str, environment: tuple[tuple[str, str], ...]) -> Bucket:
+    settings = {"s3": _s3_settings, "gs": _gcs_settings}[scheme](name, dict(environment))
+    endpoint = str(settings.get("endpoint") or settings.get("base_url") or "")
+    return Bucket(scheme, name, settings, {"allow_http": endpoint.startswith("http://")})
+
+
+def _s3_settings(bucket: str, env: dict[str, str]) -> dict[str, Any]:
+    """What obstore would not find by itself. Raises RemoteError where it would find no credentials, or wait for them."""
+    profile = _aws_profile(env)
+    settings: dict[str, Any] = {}
+    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or profile.get("endpoint_url")
+    if endpoint:
+        settings["endpoint"] = endpoint
+    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or profile.get("region")
+    if region:
+        settings["region"] = region
+    if env.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true"):
+        return settings
+    if env.get("AWS_ACCESS_KEY_ID") and env.get("AWS_SECRET_ACCESS_KEY"):
+        return settings
+    if profile.get("aws_access_key_id") and profile.get("aws_secret_access_key"):
+        names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key", "session_token": "aws_session_token"}
+        return settings | {ours: profile[theirs] for ours, theirs in names.items() if profile.get(theirs)}
+    others = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+    in_the_cloud = env.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true" and _answers(env.get("AWS_METADATA_ENDPOINT", METADATA_ADDRESS))
+    if any(env.get(name) for name in others) or in_the_cloud:
+        return settings
+    raise RemoteError(
+        f"there are no credentials for s3://{bucket}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a profile that has "
+        "keys, or AWS_SKIP_SIGNATURE=true for a public bucket"
+    )
+
+
+def _aws_profile(env: dict[str, str]) -> dict[str, str]:
+    """The profile of the AWS tools' files: keys, region, endpoint_url. Empty where there is none."""
+    name = env.get("AWS_PROFILE") or "default"
+    found: dict[str, str] = {}
+    for variable, default, section in (
+        ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
+    ):
+        parser = ConfigParser(interpolation=None)
+        with suppress(OSError, UnicodeDecodeError, ConfigError):
+            parser.read(Path(env.get(variable) or default).expanduser(), encoding="utf-8")
+            found |= dict(parser[section]) if section in parser else {}
+    return found
+
+
+def _gcs_settings(bucket: str, env: dict[str, str]) -> dict[str, Any]:
+    if env.get("STORAGE_EMULATOR_HOST"):
+        host = env["STORAGE_EMULATOR_HOST"]
+        return {"base_url": host if "://" in host else f"http://{host}", "skip_signature": True}
+    known = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_SERVICE_ACCOUNT_KEY",
+             "GOOGLE_BEARER_TOKEN", "GOOGLE_SKIP_SIGNATURE")  # fmt: skip
+    own = Path("~/.config/gcloud/application_default_credentials.json").expanduser()
+    if not any(env.get(name) for name in known) and not own.is_file() and not _answers(METADATA_ADDRESS):
+        raise RemoteError(
+            f"there are no credentials for gs://{bucket}: set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account, or "
+            "GOOGLE_SKIP_SIGNATURE=true for a public bucket"
+        )
+    return {}
+
+
+def _answers(url: str) -> bool:
+    """Whether the machine that gives credentials to machines in the cloud is there."""
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=METADATA_SECONDS):
+            return True
+    except OSError:
+        return False

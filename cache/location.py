@@ -1,0 +1,214 @@
+"""Where things are: in a local file system, or in an object store as `s3://bucket/key` or `gs://bucket/key`.
+
+`RemotePath` has the parts of pathlib's interface that hearsae uses, so code that keeps to them works for either.
+"""
+
+import io
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple, TypeAlias
+
+from cache.bucket import Bucket, open_bucket
+from cache.errors import HearsaeError, StoreError
+
+SCHEMES = ("s3", "gs")
+BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
+READ_AHEAD = 256 << 10
+"""Bytes fetched at once from an object that is read piece by piece: a request takes as long as this many bytes do."""
+
+
+class Stat(NamedTuple):
+    """What is known of an object without reading it."""
+
+    st_size: int
+
+
+@dataclass(frozen=True, order=True)
+class RemotePath:
+    """An address in an object store. There are no folders: `is_dir` is a prefix that holds anything.
+
+    What asks the store raises FileNotFoundError where there is nothing, and RemoteError for all else that fails.
+    """
+
+    scheme: str
+    bucket: str
+    key: str
+    """Without a slash at either end; empty for the bucket itself."""
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}" if self.key else f"{self.scheme}://{self.bucket}"
+
+    def __truediv__(self, name: str | os.PathLike[str]) -> "RemotePath":
+        """One or more levels down. Raises HearsaeError for a name that would lead out: data may hold any."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise HearsaeError(f"'{name}' leads out of {self}")
+        return RemotePath(self.scheme, self.bucket, "/".join([*filter(None, [self.key]), *path.parts]))
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.key).name
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.key).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.key).suffix
+
+    @property
+    def parent(self) -> "RemotePath":
+        return RemotePath(self.scheme, self.bucket, self.key.rpartition("/")[0])
+
+    def absolute(self) -> "RemotePath":
+        return self
+
+    def resolve(self) -> "RemotePath":
+        return self
+
+    @property
+    def store(self) -> Bucket:
+        """The bucket, opened as this process's environment says."""
+        return open_bucket(self.scheme, self.bucket)
+
+    def read_bytes(self) -> bytes:
+        return self.store.get(self.key)
+
+    def stat(self) -> Stat:
+        return Stat(self.store.size(self.key))
+
+    def is_file(self) -> bool:
+        try:
+            return bool(self.key) and self.stat().st_size >= 0
+        except FileNotFoundError:
+            return False
+
+    def is_dir(self) -> bool:
+        return self.store.holds_any(self.key)
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self) -> "Iterator[RemotePath]":
+        return (self / name for name in self.store.children(self.key))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Whether there was anything is not looked at."""
+        self.store.delete(self.key)
+
+    def open(self, mode: str = "r", encoding: str | None = None, newline: str | None = None) -> IO[Any]:
+        """For reading: as text, fetched whole, or as bytes ("rb"), fetched where they are read."""
+        if mode == "rb":
+            return io.BufferedReader(RemoteFile(self), READ_AHEAD)
+        if mode == "r":
+            return io.TextIOWrapper(io.BytesIO(self.read_bytes()), encoding=encoding, newline=newline)
+        raise ValueError(f"mode {mode}: write with cache.location.put")
+
+
+Location: TypeAlias = Path | RemotePath
+
+
+def location(spec: str | Path | RemotePath) -> Location:
+    """A path, or an address that begins with s3:// or gs://. Raises HearsaeError for an address that can't be one."""
+    if not isinstance(spec, str):
+        return spec
+    address = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/]*)(.*)", spec, re.DOTALL)
+    if not address:
+        return Path(spec)
+    scheme, bucket, key = address.groups()
+    if scheme not in SCHEMES:
+        raise HearsaeError(f"'{spec}' can't be read or written: addresses begin with s3:// or gs://")
+    if not BUCKET.fullmatch(bucket):
+        raise HearsaeError(f"'{spec}' names no bucket: write {scheme}://BUCKET/NAME")
+    return RemotePath(scheme, bucket, "") / key.lstrip("/")
+
+
+class RemoteFile(io.RawIOBase):
+    """An object as a file for reading that can be sought in; each read is one request.
+
+    A library that calls it from C may swallow what it raises: `error` keeps it.
+    """
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path = path
+        self.error: BaseException | None = None
+        self._size = path.stat().st_size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence])
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size)
+        if stop <= self._position:
+            return 0
+        try:
+            data = self.path.store.get_range(self.path.key, self._position, stop)
+        except BaseException as error:
+            self.error = error
+            raise
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def put(path: Location, data: bytes | memoryview) -> None:
+    """Writes a file or an object whole or not at all. Raises StoreError on a full disk or a read-only place, RemoteError where a store refuses.
+
+    A file atomically and durably: aside, fsync, rename. An object by its nature: it appears when all of it has arrived.
+    """
+    if isinstance(path, RemotePath):
+        path.store.put(path.key, data)
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def names_below(folder: Location) -> Iterator[str]:
+    """Every file below a folder, as its path relative to it, with slashes."""
+    if isinstance(folder, RemotePath):
+        start = len(folder.key) + 1 if folder.key else 0
+        yield from (key[start:] for key in folder.store.keys(folder.key))
+        return
+    for parent, _, names in os.walk(folder):
+        relative = Path(parent).relative_to(folder)
+        yield from ((relative / name).as_posix() for name in names)
+
+
+def names_in(folder: Location) -> list[str]:
+    """The names of what is right in a folder; none where there is no folder."""
+    if isinstance(folder, RemotePath):
+        return folder.store.children(folder.key)
+    return [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
+
+
+def arrow_input(path: Location) -> Any:
+    """What pyarrow can read."""
+    return path.open("rb") if isinstance(path, RemotePath) else path
