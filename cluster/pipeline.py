@@ -19,6 +19,8 @@ BLOCKS = 4000
 """Tasks of one run, at most: with more shards a task makes several of them, so that the driver's work does not grow."""
 ATTEMPTS = 5
 """Times that a shard may take its worker down with it."""
+DECODE_CPUS = 0.99
+"""Not what a worker gets: Ray Data joins a task to the worker after it where both ask for the same."""
 TRAVELLING_BYTES = 2**31 - 2**20
 """Of the decoded audio of a shard: Arrow's limit."""
 
@@ -102,7 +104,7 @@ def _on_ray(config: CaptureConfig, shards: Sequence[int], options: PoolOptions) 
     ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote()
     pending = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), BLOCKS))
     if pool.decoders:
-        pending = pending.map_batches(_Decode(config), batch_size=1, num_cpus=1, concurrency=pool.decoders)
+        pending = pending.map_batches(_Decode(config), batch_size=1, num_cpus=DECODE_CPUS, concurrency=pool.decoders)
     done = pending.map_batches(
         _CaptureActor,
         fn_constructor_args=(config, pool.cpus, ledger),
