@@ -22,10 +22,11 @@ from cache.plan import Axis, Plan
 from cache.sites import Site, all_sites
 from cache.store import ActivationStore
 from cluster.commands import size
-from cluster.workers import WorkerOptions
+from cluster.pipeline import Pool, PoolOptions
 
 MOST_SAMPLED_CLIPS = 4096
 """More than ten seconds of any hardware."""
+IN_PROCESS = PoolOptions(no_ray=True)
 CRC_BYTES = 4
 INDEX_BYTES = 16
 """Of a shard's index, per chunk: offset and length."""
@@ -45,16 +46,20 @@ class Calibration:
     """Site -> bytes stored per value, after the codec; without sites of which there were no rows."""
 
 
-def price(config: CaptureConfig, seconds: float = 10.0, workers: int = 1, price_per_hour: float | None = None) -> dict[str, Any]:
+def price(
+    config: CaptureConfig,
+    seconds: float = 10.0,
+    options: PoolOptions = IN_PROCESS,
+    price_per_hour: float | None = None,
+) -> dict[str, Any]:
     """Plans a capture, times some of its clips in this process for about `seconds`, and says what the whole will take.
 
-    seconds: 0 leaves out the calibration, and with it the estimate. workers: how many will share the work, each assumed as fast as the one
-    timed here alone. price_per_hour: of one worker.
+    seconds: 0 leaves out the calibration, and with it the estimate. options: how the work will be shared out; each worker is assumed to be as
+    fast as the one timed here alone, and a cluster to have what this machine has, but for what the options say. price_per_hour: of one worker.
     Nothing is written at `config.out`. What a store there has already is not counted again.
     Raises HearsaeError where the capture itself would: no such model, site or dataset, a store made otherwise, no readable audio.
     """
-    if workers < 1:
-        raise HearsaeError(f"--workers {workers} must be at least 1")
+    options.check()
     model = load_model(config.model, "cpu")
     source, plan, sites = plan_capture(config, model)
     header = Header(model.header(), source.describe(), plan.axes, plan.summary(), dtype=config.dtype, codec=config.codec)
@@ -65,12 +70,10 @@ def price(config: CaptureConfig, seconds: float = 10.0, workers: int = 1, price_
     clips = plan.clips.filter(pa.array(np.isin(plan.clips["shard"].to_numpy(), shards)))
     n_tokens = plan.clips["n_tokens"].fill_null(0).to_numpy()
     rows = {"frame": plan.clips["n_frames"].to_numpy(), "token": n_tokens}
-    timed = calibrate(config, header, sites, clips, seconds) if shards and seconds > 0 else None
+    pool = _pool(options, len(shards), uses_gpu=config.device != "cpu")
+    timed = calibrate(config, header, sites, clips, seconds, pool.cpus) if shards and seconds > 0 else None
     per_window = window_flop(dims, sites, round(n_tokens.sum() / max(1, (n_tokens > 0).sum())))
-    at_once = max(1, min(workers, len(shards)))
-    work = timed.seconds / timed.windows * clips.num_rows if timed else None  # seconds of one worker
-    # The last round of shards keeps some workers idle.
-    estimate = work / len(shards) * math.ceil(len(shards) / at_once) if work else None
+    estimate = _estimate(timed, clips.num_rows, len(shards), pool) if timed else None
     sizes = {site.name: _site_bytes(plan, rows[site.axis], site, config, range(plan.axes["frame"].shards), timed) for site in sites}
     missing = sum(_site_bytes(plan, rows[site.axis], site, config, pending[site.name], timed) for site in sites)
     free = _free_bytes(config.out)
@@ -100,10 +103,10 @@ def price(config: CaptureConfig, seconds: float = 10.0, workers: int = 1, price_
             "gflop_per_s": per_window * timed.windows / timed.seconds / 1e9,
             "seconds_by_stage": timed.stages,
         },
-        "workers": at_once,
+        "workers": pool.largest,
+        "decoders": pool.decoders,
         "estimated_seconds": estimate,
-        "worker_hours": work and work / 3600,
-        "price": estimate * at_once / 3600 * price_per_hour if estimate and price_per_hour else None,
+        "price": estimate * pool.largest / 3600 * price_per_hour if estimate and price_per_hour else None,
     }  # fmt: skip
 
 
@@ -138,14 +141,21 @@ def price_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def expected_workers(options: WorkerOptions, uses_gpu: bool) -> int:
-    """How many workers a run on this machine has: as asked for, else one per GPU that it can use, else one per core. Starts nothing."""
+def _pool(options: PoolOptions, shards: int, uses_gpu: bool) -> Pool:
+    """The workers that these options give on a cluster of this machine's cores and GPUs. Starts nothing."""
     if options.no_ray:
-        return 1
-    if options.workers is not None:
-        return options.workers
+        return Pool(1, 1, options.cpus_per_worker, 0.0, 0)
     gpus = torch.cuda.device_count() if uses_gpu else 0
-    return int(gpus / (options.gpus_per_worker or 1)) or len(os.sched_getaffinity(0))
+    cores = max(len(os.sched_getaffinity(0)), (options.workers or 0) * options.cpus_per_worker)
+    return options.pool({"CPU": cores, "GPU": gpus}, max(1, shards), uses_gpu)
+
+
+def _estimate(timed: "Calibration", windows: int, shards: int, pool: Pool) -> float:
+    """Seconds until the last shard is done: the last round of shards keeps some workers idle, and decoders work beside them."""
+    decode = timed.stages.get("decode", 0.0) if pool.decoders else 0.0
+    per_shard = (timed.seconds - decode) / timed.windows * windows / shards
+    decoding = decode / timed.windows * windows / pool.decoders if pool.decoders else 0.0
+    return max(per_shard * math.ceil(shards / pool.largest), decoding)
 
 
 # Computation
@@ -226,10 +236,10 @@ def _pending(config: CaptureConfig, header: Header, sites: Sequence[Site]) -> di
 # Time
 
 
-def calibrate(config: CaptureConfig, header: Header, sites: Sequence[Site], clips: pa.Table, seconds: float) -> Calibration:
+def calibrate(config: CaptureConfig, header: Header, sites: Sequence[Site], clips: pa.Table, seconds: float, threads: int = 1) -> Calibration:
     """Captures the first of `clips` with a real worker into a temporary store, for about `seconds`, and times it.
 
-    The first forward pass pays for what is set up once and is not counted, unless it alone takes as long.
+    threads: of the worker. The first forward pass pays for what is set up once and is not counted, unless it alone takes as long.
     Raises SourceError or HearsaeError if none of the clips tried can be read.
     """
     device = choose_device(config.device)
@@ -241,7 +251,7 @@ def calibrate(config: CaptureConfig, header: Header, sites: Sequence[Site], clip
     with TemporaryDirectory(prefix="hearsae-dry-run-") as folder:
         here = replace(config, out=Path(folder) / "store")
         store = ActivationStore.create(here.out, replace(header, axes=axes, plan=plan.summary(), sites={}), plan, sites)
-        worker = Worker(here)
+        worker = Worker(here, threads)
         started = time.perf_counter()
         for shard in range(axes["frame"].shards):
             start = time.perf_counter()

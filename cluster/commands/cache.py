@@ -12,7 +12,7 @@ from cache.capture import CaptureConfig, prepare, summarise
 from cache.runs import RunLog, live_runs
 from cluster.commands import Output, size
 from cluster.pipeline import PoolOptions, capture_shards
-from cluster.price import expected_workers, price, price_text
+from cluster.price import price, price_text
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cache(Output, PoolOptions, CaptureConfig):
 
     def run(self) -> dict[str, Any]:
         if self.dry_run:
-            return price(self, self.calibrate, expected_workers(self, uses_gpu=self.device != "cpu"), self.price_per_hour)
+            return price(self, self.calibrate, self, self.price_per_hour)
         return run_capture(self, self)
 
     def summary(self, result: dict[str, Any]) -> str:

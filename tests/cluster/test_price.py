@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from cache.errors import HearsaeError, SourceError, StoreError
 from cache.model import capture, load_model
 from cache.sites import match_sites
 from cluster.cli import main
-from cluster.price import expected_workers, price, price_text, window_flop
-from cluster.workers import WorkerOptions
+from cluster.pipeline import Pool, PoolOptions
+from cluster.price import Calibration, _estimate, price, price_text, window_flop
 
 TINY = {"n_audio_state": 384, "n_audio_head": 6, "n_audio_layer": 4, "n_text_state": 384, "n_text_head": 6, "n_text_layer": 4}
 
@@ -66,16 +65,15 @@ def test_rows_and_bytes_are_what_the_capture_then_writes(config, codec):
 
 
 def test_the_estimate_follows_from_the_calibration(config):
-    said = price(config, seconds=0.5, workers=3, price_per_hour=7200.0)
+    said = price(config, 0.5, PoolOptions(workers=3), price_per_hour=7200.0)
     timed = said["calibration"]
     assert 0 < timed["windows"] <= 23 and timed["windows_per_s"] == pytest.approx(timed["windows"] / timed["seconds"])
     assert {"decode", "compute", "write"} <= timed["seconds_by_stage"].keys()
     alone = 23 / timed["windows_per_s"]
-    assert said["worker_hours"] == pytest.approx(alone / 3600)
     rounds = -(-said["shards"] // 3)
     assert said["estimated_seconds"] == pytest.approx(alone / said["shards"] * rounds)
     assert said["price"] == pytest.approx(said["estimated_seconds"] * 3 * 2)
-    assert price(config, seconds=0.1, workers=1000)["workers"] == said["shards"]
+    assert price(config, 0.1, PoolOptions(workers=1000))["workers"] == said["shards"]
 
 
 def test_nothing_is_left_behind(config, tmp_path, monkeypatch):
@@ -126,12 +124,20 @@ def test_audio_that_nobody_can_read_is_an_error(config, tmp_path):
         price(replace(config, strict=True), seconds=0.2)
 
 
-def test_how_many_workers_there_will_be():
-    cores = expected_workers(WorkerOptions(), uses_gpu=False)
-    assert cores >= 1 and expected_workers(WorkerOptions(workers=7), uses_gpu=False) == 7
-    assert expected_workers(WorkerOptions(no_ray=True, workers=7), uses_gpu=False) == 1
+def test_how_many_workers_there_will_be(config):
+    assert price(config, 0, PoolOptions(no_ray=True, workers=7))["workers"] == 1
+    assert price(config, 0, PoolOptions(workers=2))["workers"] == 2
+    assert 1 <= price(config, 0, PoolOptions())["workers"] <= price(config, 0)["shards"]
     with pytest.raises(HearsaeError, match="--workers 0"):
-        price(CaptureConfig("micro", "micro", ("encoder.blocks.0",), Path("/nowhere")), workers=0)
+        price(config, 0, PoolOptions(workers=0))
+
+
+def test_decoding_beside_the_workers_takes_no_time_of_theirs():
+    timed = Calibration("cuda", 100, 10.0, {"decode": 6.0, "compute": 3.0, "write": 1.0}, {})
+    assert _estimate(timed, 1000, 10, Pool(2, 2, 1, 1.0, decoders=0)) == pytest.approx(50)
+    assert _estimate(timed, 1000, 10, Pool(2, 2, 1, 1.0, decoders=6)) == pytest.approx(20)
+    assert _estimate(timed, 1000, 10, Pool(2, 2, 1, 1.0, decoders=2)) == pytest.approx(30)  # the decoders are what takes long
+    assert _estimate(timed, 1000, 10, Pool(4, 4, 1, 1.0, decoders=6)) == pytest.approx(12)  # the third round keeps two workers busy
 
 
 def test_the_command_prints_it(config, capsys):
