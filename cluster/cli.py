@@ -5,8 +5,9 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Generator, Sequence
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,8 @@ COMMANDS = {
     "scan": ("Scan", "find the moments that drive every neuron, SAE latent or basis direction"),
     "query": ("Query", "a feature's moments, or the strongest features at a moment"),
     "explore": ("Explore", "write scans as a page to look at and listen to"),
+    "submit": ("Submit", "run any of these as a job on a Ray cluster"),
+    "jobs": ("Jobs", "list the jobs of a Ray cluster; status, logs, stop"),
 }
 
 
@@ -47,21 +50,38 @@ def _help() -> str:
     return "\n".join([*head, *lines, "", "hearsae COMMAND --help shows its options."])
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def parse(name: str, arguments: Sequence[str]) -> Any:
+    """The command, from what follows its name. Says what is wrong and exits with 2 where that is wrong usage.
+
+    A class with a field `command` (`submit`) gets what stands after `--` in it, untouched.
+    """
     import tyro
 
+    command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
+    own, rest = list(arguments), None
+    if hasattr(command_class, "command") and "--" in own:
+        at = own.index("--")
+        own, rest = own[:at], tuple(own[at + 1 :])
+    command = tyro.cli(command_class, prog=f"hearsae {name}", args=own, config=(tyro.conf.FlagCreatePairsOff,), registry=_constructors())
+    return command if rest is None else replace(command, command=rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
     from cache.errors import HearsaeError
 
     try:
-        command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
-        command = tyro.cli(command_class, prog=f"hearsae {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,), registry=_constructors())
-        with redirect_stdout(Aside()):  # what libraries have to say is not the answer
-            result = command.run()
-        print(json.dumps(result, default=str) if command.json else command.summary(result), flush=True)
+        command = parse(name, arguments)
+        result, results = None, _results(command)
+        try:
+            for result in results:
+                print(json.dumps(result, default=str) if command.json else command.summary(result), flush=True)
+        except KeyboardInterrupt as interrupt:
+            with suppress(StopIteration):
+                results.throw(interrupt)  # for what goes on without us, the command has a word of its own
         bad = getattr(command, "complaint", lambda result: None)(result)
         if bad:
             print(f"hearsae: {bad}", file=sys.stderr)
-        return 1 if bad else 0
+        return getattr(command, "exit_status", lambda result: int(bool(bad)))(result)
     except HearsaeError as error:
         print(f"hearsae: {' '.join(str(error).split())}", file=sys.stderr)  # one line, though a file's name may have several
     except KeyboardInterrupt:
@@ -82,6 +102,27 @@ class Aside(io.TextIOBase):
 
     def flush(self) -> None:
         sys.stderr.flush()
+
+
+def _results(command: Any) -> Generator[Any]:
+    """What a command has to say: once, or as it goes on where `run` is a generator."""
+    with redirect_stdout(Aside()):  # what libraries have to say is not the answer
+        result = command.run()
+    if not isinstance(result, Generator):
+        yield result
+        return
+    while True:
+        with redirect_stdout(Aside()):
+            try:
+                part = next(result)
+            except StopIteration:
+                return
+        try:
+            yield part
+        except KeyboardInterrupt as interrupt:
+            with suppress(StopIteration):
+                result.throw(interrupt)
+            return
 
 
 def _constructors() -> Any:
