@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cache.capture import ShardResult
 from cache.errors import HearsaeError
 from cache.header import software
 from cache.location import put
 from cache.store import ActivationStore
+
+if TYPE_CHECKING:  # who only reads what runs did needs no PyTorch
+    from cache.capture import ShardResult
 
 WRITE_EVERY_SECONDS = 10
 SILENT_AFTER_SECONDS = 60
@@ -57,7 +59,7 @@ class RunLog:
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._writer = threading.Thread(target=self._keep_writing, name="run-log", daemon=True)
 
-    def add(self, result: ShardResult) -> None:
+    def add(self, result: "ShardResult") -> None:
         """Counts a shard. One that had been committed meanwhile, and so was left alone, counts for nothing."""
         with self._lock:
             of_shard = {"clips": result.clips, "frames": result.frames, "bytes_written": result.written, "skipped_clips": len(result.skipped)}
