@@ -21,7 +21,7 @@ from cache.model import choose_device, load_model
 from cache.plan import Axis, Plan
 from cache.sites import Site, all_sites
 from cache.store import ActivationStore
-from cluster.commands import size
+from cluster.commands import duration, size
 from cluster.pipeline import Pool, PoolOptions
 
 MOST_SAMPLED_CLIPS = 4096
@@ -133,11 +133,11 @@ def price_text(result: dict[str, Any]) -> str:
     lines += [
         f"calibration: one worker on {timed['device']}, {timed['windows']} windows in {timed['seconds']:.1f} s: "
         f"{timed['windows_per_s']:.3g} windows/s, {timed['gflop_per_s']:.3g} GFLOP/s",
-        f"estimate: {_duration(result['estimated_seconds'])} with {result['workers']} worker{'s' * (result['workers'] > 1)}, each as fast as one "
+        f"estimate: {duration(result['estimated_seconds'])} with {result['workers']} worker{'s' * (result['workers'] > 1)}, each as fast as one "
         "alone here (--workers for another number); starting Ray and loading models comes on top",
     ]
     if result["price"]:
-        lines.append(f"price: {result['price']:.2f}, for {result['workers']} x {_duration(result['estimated_seconds'])}")
+        lines.append(f"price: {result['price']:.2f}, for {result['workers']} x {duration(result['estimated_seconds'])}")
     return "\n".join(lines)
 
 
@@ -304,11 +304,3 @@ def _bytes_per_value(store: ActivationStore, sites: Sequence[Site]) -> dict[str,
         if rows := sum(record.rows for record in records):
             found[site.name] = sum(record.object_bytes for record in records) / (rows * site.width)
     return found
-
-
-def _duration(seconds: float) -> str:
-    """4000 -> `1 h 6 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

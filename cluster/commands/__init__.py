@@ -33,3 +33,11 @@ def size(n_bytes: float) -> str:
             return f"{n_bytes:.3g} {unit}" if unit != "bytes" else f"{n_bytes:.0f} bytes"
         n_bytes /= 1000
     return f"{n_bytes:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """4000 -> `1 h 7 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
