@@ -4,6 +4,7 @@ Settings come from the usual environment; docs/store.md lists it. Nothing here i
 """
 
 import os
+import random
 import re
 import socket
 import time
@@ -12,7 +13,8 @@ from configparser import ConfigParser
 from configparser import Error as ConfigError
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -28,10 +30,14 @@ WHOLE_PUT_BYTES = 32 << 20
 """Larger objects are sent in parts of this size, several at once: what is cut off costs one part."""
 CLIENT = {"connect_timeout": timedelta(seconds=5), "timeout": timedelta(seconds=120)}
 """Of one request, its body included."""
-PATIENT = {"max_retries": 12, "retry_timeout": timedelta(minutes=3), "backoff": {"init_backoff": timedelta(milliseconds=100), "base": 2}}
+PATIENCE = timedelta(minutes=3)
+"""With a store that fails, or tells to slow down."""
+PATIENT = {"max_retries": 12, "retry_timeout": PATIENCE, "backoff": {"init_backoff": timedelta(milliseconds=100), "base": 2}}
 IMPATIENT = {"max_retries": 0}
 """Until the store has answered once: an address that was mistyped shall not be tried for minutes."""
-FIRST_TRIES = 2
+TRIES_TO_REACH = 2
+PAGE_KEYS = 1000
+"""What stores list at once."""
 METADATA_ADDRESS = "http://169.254.169.254"
 METADATA_SECONDS = 1.0
 """A machine in the cloud answers within milliseconds; elsewhere this address swallows what is sent to it."""
@@ -48,15 +54,33 @@ class Bucket:
         """Use `open_bucket`."""
         self.address = f"{scheme}://{name}"
         kind: Any = {"s3": obstore.store.S3Store, "gs": obstore.store.GCSStore}[scheme]
-        self._make = partial(kind, name, config=settings, client_options=CLIENT | client)
         try:
-            self._impatient, self._patient = self._make(retry_config=IMPATIENT), self._make(retry_config=PATIENT)
+            self._impatient, self._patient = (
+                kind(name, config=settings, client_options=CLIENT | client, retry_config=retries) for retries in (IMPATIENT, PATIENT)
+            )
         except (BaseError, ValueError, OSError) as error:
             raise self.explain(error, "") from None
         self._has_answered = False
 
     def get(self, key: str) -> bytes:
         return self._ask(key, lambda store: bytes(obstore.get(store, key).bytes()))
+
+    def get_start(self, key: str, length: int) -> tuple[bytes, int]:
+        """The first bytes of an object, and the size of all of it."""
+
+        def ask(store: Any) -> tuple[bytes, int]:
+            try:
+                found = obstore.get(store, key, options={"range": (0, length)})
+                return bytes(found.bytes()), found.meta["size"]
+            except BaseError as error:
+                if "status code: 416" in str(error):  # an empty object has no range
+                    return b"", 0
+                raise
+
+        return self._ask(key, ask)
+
+    def get_end(self, key: str, length: int) -> bytes:
+        return self._ask(key, lambda store: bytes(obstore.get(store, key, options={"range": {"suffix": length}}).bytes()))
 
     def get_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes [start, stop), which must be in the object; fewer if it ends before `stop`."""
@@ -82,38 +106,37 @@ class Bucket:
         return sorted({key.rpartition("/")[2] for key in keys if key != prefix})
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every key below a prefix, page by page, in no order that counts."""
-        pages = iter(self._ask(prefix, lambda store: obstore.list(store, prefix or None)))
-        # A page is asked for when it is wanted, and is retried by obstore; the first one is the first contact.
-        while page := self._ask(prefix, lambda _: next(pages, None)):
+        """Every key below a prefix, in their order, page by page: a page that breaks off is asked for again, not all of them."""
+        last: str | None = None
+        page: Any = [None] * PAGE_KEYS
+        while len(page) == PAGE_KEYS:
+            page = self._ask(prefix, lambda store, last=last: next(iter(obstore.list(store, prefix or None, offset=last, chunk_size=PAGE_KEYS)), []))
             yield from (entry["path"] for entry in page if entry["path"] != prefix)
+            last = page[-1]["path"] if page else None
 
     def holds_any(self, prefix: str) -> bool:
         return next(self.keys(prefix), None) is not None
 
-    def below(self, prefix: str) -> Any:
-        """For zarr: obstore's own store of what is below a prefix. `explain` makes its errors readable."""
-        return self._make(prefix=prefix, retry_config=PATIENT)
-
     def _ask(self, key: str, request: Callable[[Any], Result]) -> Result:
-        for tries_left in reversed(range(1 if self._has_answered else FIRST_TRIES)):
+        """Asks until there is an answer, or no hope of one. All that is asked for here can be done twice without harm."""
+        began = time.monotonic()
+        for attempt in count():
             try:
                 result = request(self._patient if self._has_answered else self._impatient)
             except FileNotFoundError as error:
+                if "NoSuchUpload" in str(error) and attempt < TRIES_TO_REACH:  # its parts were joined, and only the answer was lost
+                    continue
                 self._refuse_missing_bucket(error)
                 self._has_answered = True
                 raise FileNotFoundError(2, "there is no such object", f"{self.address}/{key}") from None
             except (BaseError, ValueError, OSError) as error:
                 if "Could not parse path" in str(error):  # a name that no key can have, such as one with a line break
                     raise FileNotFoundError(2, "there is no such object", f"{self.address}/{key}") from None
-                if self._has_answered or _is_final(error):
+                self._has_answered = self._has_answered or not _is_unreachable(error)  # somebody is there
+                in_time = time.monotonic() - began < PATIENCE.total_seconds() if self._has_answered else attempt < TRIES_TO_REACH - 1
+                if _is_final(error) or not in_time:
                     raise self.explain(error, key) from None
-                if not _is_unreachable(error):  # somebody is there: from now on with patience
-                    self._has_answered = True
-                    return self._ask(key, request)
-                if not tries_left:
-                    raise self.explain(error, key) from None
-                time.sleep(0.3)
+                time.sleep(min(0.1 * 2**attempt, 5.0) * random.uniform(0.5, 1.0))
             else:
                 self._has_answered = True
                 return result
@@ -162,7 +185,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    return "kind: Connect" in str(error) or ("kind: Timeout" in str(error) and "Connect" in str(error))
+    return "kind: Connect," in str(error)
 
 
 # Settings
@@ -184,7 +207,7 @@ def _open_bucket(scheme: str, name: str, environment: tuple[tuple[str, str], ...
 def _s3_settings(bucket: str, env: dict[str, str]) -> dict[str, Any]:
     """What obstore would not find by itself. Raises RemoteError where it would find no credentials, or wait for them."""
     profile = _aws_profile(env)
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"disable_bulk_delete": True}  # one DELETE per object is understood by every store, and can be tried again
     endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or profile.get("endpoint_url")
     if endpoint:
         settings["endpoint"] = endpoint

@@ -6,8 +6,10 @@
 import io
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -104,7 +106,7 @@ class RemotePath:
     def open(self, mode: str = "r", encoding: str | None = None, newline: str | None = None) -> IO[Any]:
         """For reading: as text, fetched whole, or as bytes ("rb"), fetched where they are read."""
         if mode == "rb":
-            return io.BufferedReader(RemoteFile(self), READ_AHEAD)
+            return io.BufferedReader(RemoteFile(self))
         if mode == "r":
             return io.TextIOWrapper(io.BytesIO(self.read_bytes()), encoding=encoding, newline=newline)
         raise ValueError(f"mode {mode}: write with cache.location.put")
@@ -129,15 +131,17 @@ def location(spec: str | Path | RemotePath) -> Location:
 
 
 class RemoteFile(io.RawIOBase):
-    """An object as a file for reading that can be sought in; each read is one request.
+    """An object as a file for reading that can be sought in. Its first bytes stay in memory; of the rest, what was read last.
 
     A library that calls it from C may swallow what it raises: `error` keeps it.
     """
 
-    def __init__(self, path: RemotePath) -> None:
+    def __init__(self, path: RemotePath, first: int = READ_AHEAD) -> None:
+        """first: bytes fetched at once, with the size. Raises FileNotFoundError if there is no such object."""
         self.path = path
         self.error: BaseException | None = None
-        self._size = path.stat().st_size
+        self._start, self._size = path.store.get_start(path.key, first)
+        self._block, self._block_start = b"", 0
         self._position = 0
 
     def readable(self) -> bool:
@@ -154,17 +158,26 @@ class RemoteFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + len(buffer), self._size)
-        if stop <= self._position:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
             return 0
         try:
-            data = self.path.store.get_range(self.path.key, self._position, stop)
+            data = self._fetch(self._position, wanted)
         except BaseException as error:
             self.error = error
             raise
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _fetch(self, start: int, length: int) -> bytes:
+        """At least one byte from `start`, at most `length`."""
+        if start < len(self._start):
+            return self._start[start : start + length]
+        if not self._block_start <= start < self._block_start + len(self._block):
+            stop = min(start + max(length, READ_AHEAD), self._size)
+            self._block, self._block_start = self.path.store.get_range(self.path.key, start, stop), start
+        return self._block[start - self._block_start :][:length]
 
 
 def put(path: Location, data: bytes | memoryview) -> None:
@@ -212,3 +225,15 @@ def names_in(folder: Location) -> list[str]:
 def arrow_input(path: Location) -> Any:
     """What pyarrow can read."""
     return path.open("rb") if isinstance(path, RemotePath) else path
+
+
+@contextmanager
+def local_copy(path: Location) -> Iterator[Path]:
+    """A file for libraries that read nothing else: itself, or a copy for as long as it is needed."""
+    if not isinstance(path, RemotePath):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="hearsae-", suffix=path.suffix) as file:
+        file.write(path.read_bytes())
+        file.flush()
+        yield Path(file.name)
