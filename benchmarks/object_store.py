@@ -145,7 +145,7 @@ def throughput(client: Any) -> dict[str, str]:
 
 
 def under_faults(make: Callable[..., Any], fault: str) -> str:
-    """Puts and gets of `FAULT_OBJECTS` objects where a part of the requests goes wrong: how many fail, how many come back changed, how long it took."""
+    """Puts and gets where a part of the requests goes wrong: how many fail, how many come back changed, how long it took."""
     with server({fault: FAULT_SHARE}) as env:
         client = make(env["AWS_ENDPOINT_URL"], env)
         began, failed, wrong, kinds = time.perf_counter(), 0, 0, set()

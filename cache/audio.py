@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -18,9 +17,10 @@ import pyarrow.parquet as pq
 
 from cache import micro
 from cache.decode import decode, header_samples
-from cache.errors import SourceError
+from cache.errors import HearsaeError, RemoteError, SourceError
 from cache.header import SAMPLE_RATE
 from cache.hub import offline_without_network, quiet
+from cache.location import Location, arrow_input, in_order, kept_copy, location, names_below
 from cache.plan import SAMPLES_PER_FRAME, SkippedSource, SourceItem
 from cache.store import ActivationStore
 
@@ -54,6 +54,8 @@ def open_source(spec: str, split: str | None = None, subset: str | None = None, 
     `micro` is the speech that comes with hearsae, also where there is a folder of that name: `./micro` is the folder.
     Raises SourceError if there is nothing of the kind.
     """
+    if "://" in spec:
+        return _open_remote(spec, split, subset, streaming)
     path = Path(spec)
     if not spec:
         raise SourceError("--dataset names nothing")
@@ -70,15 +72,26 @@ def open_source(spec: str, split: str | None = None, subset: str | None = None, 
     return HubDataset(spec, split, subset, streaming)
 
 
+def _open_remote(spec: str, split: str | None, subset: str | None, streaming: bool) -> Source:
+    path = location(spec)
+    if path.suffix in (".jsonl", ".json"):
+        return Manifest(path)
+    if path.suffix == ".parquet":
+        return HubDataset(spec, split, subset, streaming)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        raise SourceError(f"{spec} was saved by `datasets`, which hearsae reads from local disks only: copy it, or write it as .parquet")
+    return AudioFolder(path, split)
+
+
 def reopen_source(description: dict[str, Any]) -> Source:
     """The source that a store's header describes."""
     kind, values = description.get("kind"), {key: value for key, value in description.items() if key != "kind"}
     if kind == "micro":
         return MicroSpeech(**values)
     if kind == "audiofolder":
-        return AudioFolder(Path(values["root"]), values["split"])
+        return AudioFolder(location(values["root"]), values["split"])
     if kind == "manifest":
-        return Manifest(Path(values["path"]))
+        return Manifest(location(values["path"]))
     if kind == "datasets":
         return HubDataset(**values)
     raise SourceError(f"this store's audio comes from a source of kind '{kind}', which this hearsae does not know")
@@ -113,7 +126,7 @@ class AudioFolder:
 
     in_order_only = False
 
-    def __init__(self, root: Path, split: str | None = None) -> None:
+    def __init__(self, root: Location, split: str | None = None) -> None:
         self.root, self.split = root, split
         if not root.is_dir():
             raise SourceError(f"there is no folder {root}")
@@ -128,34 +141,33 @@ class AudioFolder:
         files, metadata = self._scan()
         if not files and not metadata:
             raise SourceError(f"there are no audio files in {self.root / self.split if self.split else self.root}")
-        for source in sorted(files | metadata.keys()):
-            row = metadata.get(source, {})
+
+        def item(source: str) -> SourceItem | SkippedSource:
             if not _is_text(source):
-                yield SkippedSource(repr(source), 0, "its name is not valid UTF-8")
-                continue
+                return SkippedSource(repr(source), 0, "its name is not valid UTF-8")
             try:
                 if not _stays_inside(source):
                     raise SourceError("its file_name leads out of the dataset's folder")
                 if source not in files:
                     raise SourceError("the metadata names it, but there is no such file")
-                yield SourceItem(source, 0, header_samples(self.root / source), **_split_columns(row))
+                return SourceItem(source, 0, header_samples(self.root / source), **_split_columns(metadata.get(source, {})))
             except SourceError as error:
-                yield SkippedSource(source, 0, str(error))
+                return SkippedSource(source, 0, str(error))
+
+        yield from in_order(item, sorted(files | metadata.keys()), self.root)
 
     def _scan(self) -> tuple[set[str], dict[str, dict[str, Any]]]:
         """Audio files, and what metadata says of a file, both by path relative to the root."""
         files: set[str] = set()
         metadata: dict[str, dict[str, Any]] = {}
         top = self.root / self.split if self.split else self.root
-        for folder, _, names in os.walk(top):
-            relative = Path(folder).relative_to(self.root)
-            for name in names:
-                if Path(name).suffix.lower() in READABLE_SUFFIXES + UNREADABLE_SUFFIXES:
-                    files.add((relative / name).as_posix())
-                elif name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
-                    for row in _metadata_rows(Path(folder) / name):
-                        file_name = str(row.pop("file_name"))
-                        metadata[PurePosixPath(relative.as_posix(), file_name).as_posix()] = row
+        for name in names_below(top):
+            path = PurePosixPath(self.split or "", name)
+            if path.suffix.lower() in READABLE_SUFFIXES + UNREADABLE_SUFFIXES:
+                files.add(path.as_posix())
+            elif path.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+                for row in _metadata_rows(top / name):
+                    metadata[(path.parent / str(row.pop("file_name"))).as_posix()] = row
         return files, metadata
 
     def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
@@ -184,7 +196,7 @@ class MicroSpeech(AudioFolder):
         return {"kind": "micro", "split": self.split, "sha256": self.sha256}
 
 
-def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _metadata_rows(path: Location) -> Iterator[dict[str, Any]]:
     read = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
     for where, row in read(path):
         if not row.get("file_name"):
@@ -192,29 +204,29 @@ def _metadata_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(path: Location) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        rows = pq.read_table(path).to_pylist()
+        rows = pq.read_table(arrow_input(path)).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"{path} can't be read: {_first_line(error)}") from error
     for number, row in enumerate(rows):
         yield f"{path}, row {number}", row
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(path: Location) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for number, row in enumerate(csv.DictReader(file), start=2):
                 yield f"{path}:{number}", {name: value for name, value in row.items() if name is not None}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{path} can't be read: {error}") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _json_lines(path: Location) -> Iterator[tuple[str, dict[str, Any]]]:
     """(`file:line`, object) for each line that is not blank."""
     number = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     row = json.loads(line)
@@ -254,20 +266,21 @@ def _is_text(name: str) -> bool:
 class Manifest:
     """A JSONL file, one clip or file a line: `audio` (or `audio_filepath`, `file_name`, `path`), `text`, `offset`, `duration`, anything else.
 
-    Paths are absolute, or relative to the manifest. With a `duration` no file is opened to plan.
+    Paths are absolute, relative to the manifest, or addresses (s3://bucket/key). With a `duration` no file is opened to plan.
     """
 
     in_order_only = False
     PATH_COLUMNS = ("audio", "audio_filepath", "file_name", "path")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "manifest", "path": str(self.path.resolve())}
 
     def items(self) -> Iterator[SourceItem | SkippedSource]:
-        for number, (where, row) in enumerate(_json_lines(self.path)):
+        def item(line: tuple[int, tuple[str, dict[str, Any]]]) -> SourceItem | SkippedSource:
+            number, (where, row) = line
             name = next((name for name in self.PATH_COLUMNS if row.get(name)), None)
             if name is None:
                 raise SourceError(f"{where}: no audio path (one of {', '.join(self.PATH_COLUMNS)})")
@@ -278,13 +291,17 @@ class Manifest:
                 n_samples = header_samples(file) - start if duration is None else round(float(duration) * SAMPLE_RATE)
                 if start < 0 or n_samples < 1:
                     raise SourceError(f"nothing is left of it from offset {offset} on")
-                yield SourceItem(source, number, n_samples, offset_samples=start, **_split_columns(row))
+                return SourceItem(source, number, n_samples, offset_samples=start, **_split_columns(row))
             except SourceError as error:
-                yield SkippedSource(source, number, str(error))
+                return SkippedSource(source, number, str(error))
             except (TypeError, ValueError, OverflowError) as error:
                 raise SourceError(f"{where}: offset and duration must be numbers of seconds") from error
 
-    def _file(self, source: str) -> Path:
+        yield from in_order(item, enumerate(_json_lines(self.path)), self.path)
+
+    def _file(self, source: str) -> Location:
+        if "://" in source:
+            return _address(source)
         if Path(source).is_absolute():
             return Path(source)
         if not _stays_inside(source):
@@ -294,6 +311,13 @@ class Manifest:
     def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
         # Durations in manifests are rounded: up to one frame may lack.
         return decode(self._file(source), start_s, n_samples, tolerance=SAMPLES_PER_FRAME)
+
+
+def _address(source: str) -> Location:
+    try:
+        return location(source)
+    except HearsaeError as error:
+        raise SourceError(str(error)) from error
 
 
 # A dataset of the `datasets` library
@@ -313,7 +337,7 @@ class HubDataset:
         self._last: tuple[int, dict[str, Any]] | None = None
 
     def describe(self) -> dict[str, Any]:
-        path = str(Path(self.path).resolve()) if Path(self.path).exists() else self.path
+        path = str(Path(self.path).resolve()) if "://" not in self.path and Path(self.path).exists() else self.path
         return {"kind": "datasets", "path": path, "split": self.split, "subset": self.subset, "streaming": self.streaming}
 
     def _load(self) -> Any:
@@ -327,10 +351,12 @@ class HubDataset:
                     if self.streaming and isinstance(loaded, datasets.Dataset):
                         loaded = loaded.to_iterable_dataset()
                 elif self.path.endswith(".parquet"):
-                    loaded = datasets.load_dataset("parquet", data_files=self.path, streaming=self.streaming)
+                    loaded = datasets.load_dataset("parquet", data_files=str(kept_copy(location(self.path))), streaming=self.streaming)
                 else:
                     with offline_without_network():
                         loaded = datasets.load_dataset(self.path, self.subset, streaming=self.streaming)
+        except RemoteError:
+            raise
         except Exception as error:  # the library raises many kinds for "there is none" and "no network"
             raise SourceError(f"the dataset '{self.path}' can't be loaded: {_first_line(error)}") from error
         if isinstance(loaded, dict):

@@ -13,7 +13,7 @@ from configparser import ConfigParser
 from configparser import Error as ConfigError
 from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,10 +89,15 @@ class Bucket:
     def size(self, key: str) -> int:
         return self._ask(key, lambda store: obstore.head(store, key)["size"])
 
+    def version(self, key: str) -> str:
+        """Another one whenever the object was written anew."""
+        return self._ask(key, lambda store: str({name: value for name, value in obstore.head(store, key).items() if name != "path"}))
+
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Writes a whole object: it appears when its last byte has arrived, in place of what was there."""
-        in_parts = len(data) > WHOLE_PUT_BYTES
-        self._ask(key, lambda store: obstore.put(store, key, data, use_multipart=in_parts, chunk_size=WHOLE_PUT_BYTES, max_concurrency=4))
+        octets = memoryview(data).cast("B")  # a buffer of any other type obstore would take for a list
+        in_parts = len(octets) > WHOLE_PUT_BYTES
+        self._ask(key, lambda store: obstore.put(store, key, octets, use_multipart=in_parts, chunk_size=WHOLE_PUT_BYTES, max_concurrency=4))
 
     def delete(self, key: str) -> None:
         """Silent where nothing is there."""
@@ -110,7 +115,7 @@ class Bucket:
         last: str | None = None
         page: Any = [None] * PAGE_KEYS
         while len(page) == PAGE_KEYS:
-            page = self._ask(prefix, lambda store, last=last: next(iter(obstore.list(store, prefix or None, offset=last, chunk_size=PAGE_KEYS)), []))
+            page = self._ask(prefix, partial(_first_page, prefix, last))
             yield from (entry["path"] for entry in page if entry["path"] != prefix)
             last = page[-1]["path"] if page else None
 
@@ -172,6 +177,10 @@ class Bucket:
             return RemoteError(f"{where}: the bucket is in another region: set AWS_REGION")
         what = said or text.partition("\n")[0].removeprefix("Generic S3 error: ").removeprefix("Generic GCS error: ")
         return RemoteError(f"{where}: the object store failed ({what})")
+
+
+def _first_page(prefix: str, after: str | None, store: Any) -> Any:
+    return next(iter(obstore.list(store, prefix or None, offset=after, chunk_size=PAGE_KEYS)), [])
 
 
 def _find(pattern: str, text: str) -> str:

@@ -3,6 +3,8 @@
 import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +14,7 @@ import soxr
 
 from cache.errors import SourceError
 from cache.header import SAMPLE_RATE
+from cache.location import RemoteFile, RemotePath
 
 UNKNOWN_LENGTH = 2**63 - 1
 """What libsndfile reports where a header does not say how long the audio is."""
@@ -31,7 +34,12 @@ LOUDEST = 1e9
 RATES = (100, 10_000_000)
 """Hz. Outside is no audio, but a damaged header."""
 
-File = str | Path | io.BytesIO
+HEADER_BYTES = 64 << 10
+"""Of an object, fetched at once to read its header: most headers are shorter, and so are many files."""
+WHOLE_BYTES = 4 << 20
+"""An object that is not longer is fetched whole, in one request; of a longer one, the parts that a clip needs."""
+
+File = str | Path | RemotePath | io.BytesIO
 
 
 def header_samples(file: File) -> int:
@@ -39,16 +47,16 @@ def header_samples(file: File) -> int:
 
     Of a file that was cut short it is the length that the header claims. Raises SourceError if it is no readable audio.
     """
-    _refuse_what_is_no_file(file)
     try:
-        info = soundfile.info(file)
-        if info.format != "MP3":
-            n_frames = _claimed_frames(info)
-        elif isinstance(file, io.BytesIO):
-            n_frames = _mp3_frames(file, info)
-        else:
-            with open(file, "rb") as opened:
+        with _readable(file, HEADER_BYTES) as opened:
+            info = soundfile.info(opened)
+            if info.format != "MP3":
+                n_frames = _claimed_frames(info)
+            elif not isinstance(opened, str | Path):
                 n_frames = _mp3_frames(opened, info)
+            else:
+                with open(opened, "rb") as binary:
+                    n_frames = _mp3_frames(binary, info)
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         raise SourceError(_why(error)) from error
     if n_frames >= UNKNOWN_LENGTH:
@@ -64,9 +72,8 @@ def decode(file: File, start_s: float, n_samples: int, tolerance: int = ROUNDING
     tolerance: samples that may lack at the end and are filled with zeros.
     Raises SourceError if the audio is unreadable, shorter than asked for, or not finite.
     """
-    _refuse_what_is_no_file(file)
     try:
-        with soundfile.SoundFile(file) as sound:
+        with _readable(file, WHOLE_BYTES) as opened, soundfile.SoundFile(opened) as sound:
             rate = sound.samplerate
             sound.seek(min(round(start_s * rate), sound.frames))
             samples = sound.read(-(-n_samples * rate // SAMPLE_RATE), dtype="float32", always_2d=True)
@@ -117,9 +124,26 @@ def _has_mp3_length(file: BinaryIO) -> bool:
     return any(name in first_frame for name in MP3_LENGTH_TAGS)
 
 
-def _refuse_what_is_no_file(file: File) -> None:
-    if not isinstance(file, io.BytesIO) and not os.path.isfile(file):  # opening a named pipe would wait for ever
-        raise SourceError("it is a folder or a device, not a file" if os.path.exists(file) else "there is no such file")
+@contextmanager
+def _readable(file: File, first: int) -> Iterator[Any]:
+    """What soundfile takes. first: bytes fetched at once of an object in an object store.
+
+    Raises SourceError if there is no such file, RemoteError where an object store fails.
+    """
+    if not isinstance(file, RemotePath):
+        if not isinstance(file, io.BytesIO) and not os.path.isfile(file):  # opening a named pipe would wait for ever
+            raise SourceError("it is a folder or a device, not a file" if os.path.exists(file) else "there is no such file")
+        yield file
+        return
+    try:
+        fetched = RemoteFile(file, first)
+    except FileNotFoundError:
+        raise SourceError("there is no such file") from None
+    try:
+        yield fetched
+    finally:
+        if fetched.error:  # libsndfile took it for the end of the file
+            raise fetched.error
 
 
 def _why(error: Exception) -> str:

@@ -3,24 +3,34 @@
 `RemotePath` has the parts of pathlib's interface that hearsae uses, so code that keeps to them works for either.
 """
 
+import hashlib
 import io
 import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
 
 from cache.bucket import Bucket, open_bucket
 from cache.errors import HearsaeError, StoreError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 SCHEMES = ("s3", "gs")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
 READ_AHEAD = 256 << 10
 """Bytes fetched at once from an object that is read piece by piece: a request takes as long as this many bytes do."""
+
+
+REQUESTS_AT_ONCE = 32
+"""Small ones: each waits some ten milliseconds for its answer."""
 
 
 class Stat(NamedTuple):
@@ -222,9 +232,38 @@ def names_in(folder: Location) -> list[str]:
     return [entry.name for entry in os.scandir(folder)] if folder.is_dir() else []
 
 
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], place: Location, at_once: int = REQUESTS_AT_ONCE) -> Iterator[Result]:
+    """`map(function, items)` for what waits for `place`: where that is an object store, `at_once` items at once, and only so many ahead."""
+    if not isinstance(place, RemotePath):
+        yield from map(function, items)
+        return
+    pool = ThreadPoolExecutor(at_once, "requests")
+    try:
+        coming: deque[Future[Result]] = deque()
+        for item in items:
+            coming.append(pool.submit(function, item))
+            if len(coming) == 2 * at_once:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def arrow_input(path: Location) -> Any:
     """What pyarrow can read."""
     return path.open("rb") if isinstance(path, RemotePath) else path
+
+
+def kept_copy(path: Location) -> Path:
+    """A file for libraries that read nothing else and come back to it: itself, or a copy kept below ~/.cache/hearsae until the object changes."""
+    if not isinstance(path, RemotePath):
+        return path
+    name = hashlib.sha256(f"{path} {path.store.version(path.key)}".encode()).hexdigest()
+    copy = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hearsae" / f"{name}{path.suffix}"
+    if not copy.is_file():
+        put(copy, path.read_bytes())
+    return copy
 
 
 @contextmanager

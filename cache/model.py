@@ -20,6 +20,7 @@ from whisper.tokenizer import Tokenizer, get_tokenizer
 
 from cache import micro
 from cache.errors import ModelError
+from cache.location import Location, local_copy, location
 from cache.plan import SAMPLES_PER_FRAME
 from cache.sites import Site
 
@@ -93,12 +94,20 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     """
     target = choose_device(device)
     path = _checkpoint_path(name)
-    with open(path, "rb") as file:
+    try:
+        with local_copy(path) as file:
+            return _load(name, path, file, target)
+    except FileNotFoundError:
+        raise ModelError(f"there is no checkpoint file at {path}") from None
+
+
+def _load(name: str, path: Location, local: Path, target: torch.device) -> LoadedModel:
+    with open(local, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual pickles: what can't be read is refused below
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(local, map_location="cpu", weights_only=True)
         dims = ModelDimensions(**checkpoint["dims"])
         weights = {key: value.float() for key, value in checkpoint["model_state_dict"].items()}
     except Exception as error:  # a damaged file makes the reader fail in any way: IndexError, OSError, UnpicklingError, ...
@@ -124,13 +133,15 @@ def model_names() -> list[str]:
     return [micro.NAME, *whisper.available_models()]
 
 
-def _checkpoint_path(name: str) -> Path:
+def _checkpoint_path(name: str) -> Location:
     if name == micro.NAME:
         if not micro.MODEL.is_file():
             raise ModelError(f"this installation of hearsae lacks the model micro ({micro.MODEL}): install it again, or give a checkpoint file")
         return micro.MODEL
     if name in whisper.available_models():
         return _download(name)
+    if "://" in name:
+        return location(name)
     if not Path(name).is_file():
         raise ModelError(f"there is no model '{name}': give a checkpoint file or one of {', '.join(model_names())}")
     return Path(name)
@@ -145,7 +156,7 @@ def _download(name: str) -> Path:
         raise ModelError(f"the model '{name}' can't be downloaded ({error}): give a checkpoint file with --model; {offline}") from error
 
 
-def _build(dims: ModelDimensions, weights: dict[str, Tensor], path: Path) -> nn.Module:
+def _build(dims: ModelDimensions, weights: dict[str, Tensor], path: Location) -> nn.Module:
     sizes = asdict(dims)
     if not all(isinstance(size, int) and size > 0 for size in sizes.values()) or dims.n_audio_state % dims.n_audio_head:
         raise ModelError(f"{path} has dims that no Whisper can have: {sizes}")

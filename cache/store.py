@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -20,13 +20,17 @@ import pyarrow.parquet as pq
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore, ObjectStore
+from zarr.storage import LocalStore, MemoryStore
 
 from cache.errors import StoreError
 from cache.header import Header, read_header, refuse_difference, software
-from cache.location import Location, RemotePath, arrow_input, location, names_in, put
+from cache.location import Location, RemotePath, arrow_input, in_order, location, names_in, put
 from cache.plan import Axis, Plan
+from cache.remote_array import RemoteArray
 from cache.sites import Site
+
+OBJECTS_AT_ONCE = 4
+"""Whole objects that `verify` holds in memory, of an object store; of a disk one."""
 
 
 class Span(NamedTuple):
@@ -102,6 +106,13 @@ def _parquet(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
+class _Facts(NamedTuple):
+    """What readers need of a commit record, small enough to keep of a hundred thousand."""
+
+    object_bytes: int
+    skipped: tuple[Skip, ...]
+
+
 class ActivationStore:
     """An activation store: `create` to write, `open` to read."""
 
@@ -110,7 +121,7 @@ class ActivationStore:
         self.path = location(path)
         self.header = header
         self._arrays: dict[str, zarr.Array] = {}
-        self._records: dict[tuple[str, int], CommitRecord] = {}
+        self._facts: dict[tuple[str, int], _Facts] = {}
         self._present: set[tuple[str, int]] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -249,29 +260,39 @@ class ActivationStore:
         return dict(sorted(missing.items()))
 
     def record(self, site: str, shard: int) -> CommitRecord:
-        """The commit record. Raises StoreError if it is missing or damaged."""
-        if (site, shard) not in self._records:
-            path = self._record_path(site, shard)
-            try:
-                self._records[site, shard] = CommitRecord.from_json(path.read_bytes())
-            except FileNotFoundError:
-                raise StoreError(f"{self.path}: shard {shard} of {site} is not committed") from None
-            except (ValueError, TypeError, KeyError, OSError) as error:
-                raise StoreError(f"{path} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again") from error
-        return self._records[site, shard]
+        """The commit record, read anew. Raises StoreError if it is missing or damaged."""
+        path = self._record_path(site, shard)
+        try:
+            record = CommitRecord.from_json(path.read_bytes())
+        except FileNotFoundError:
+            raise StoreError(f"{self.path}: shard {shard} of {site} is not committed") from None
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise StoreError(f"{path} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again") from error
+        self._facts[site, shard] = _Facts(record.object_bytes, record.skipped)
+        return record
+
+    def records(self, site: str, shards: Sequence[int] | None = None) -> Iterator[CommitRecord]:
+        """The commit records of `shards` (default: all committed ones), in order. From an object store many at once; never all in memory."""
+        return in_order(lambda shard: self.record(site, shard), self.committed(site) if shards is None else shards, self.path)
+
+    def _known(self, site: str, shard: int) -> "_Facts":
+        if (site, shard) not in self._facts:
+            self.record(site, shard)
+        return self._facts[site, shard]
 
     def stats(self, site: str, shards: Sequence[int] | None = None) -> SiteStats:
         """Row count, mean and spread of a site over `shards` (default: all committed ones). Raises StoreError if there are no rows."""
-        records = [self.record(site, shard) for shard in (self.committed(site) if shards is None else shards)]
-        rows = sum(record.rows for record in records)
+        rows, total, sum_sq_norm = 0, np.zeros(self.sites[site]["width"]) if site in self.sites else 0.0, 0.0
+        for record in self.records(site, shards):
+            rows, total, sum_sq_norm = rows + record.rows, total + record.sum, sum_sq_norm + record.sum_sq_norm
         if not rows:
             raise StoreError(f"{self.path} has no rows of {site} yet")
-        mean = np.sum([record.sum for record in records], axis=0) / rows
-        return SiteStats(rows, mean, max(0.0, sum(record.sum_sq_norm for record in records) / rows - float(mean @ mean)))
+        mean = np.asarray(total) / rows
+        return SiteStats(rows, mean, max(0.0, sum_sq_norm / rows - float(mean @ mean)))
 
     def skipped(self, *sites: str) -> dict[int, str]:
         """Clip -> reason, for the clips that committed shards of any of `sites` lack."""
-        return {skip.clip: skip.reason for site in sites for shard in self.committed(site) for skip in self.record(site, shard).skipped}
+        return {skip.clip: skip.reason for site in sites for record in self.records(site) for skip in record.skipped}
 
     def shard_clips(self, shard: int) -> range:
         """The clips planned into a shard; clips are numbered in the order of their addresses."""
@@ -295,7 +316,7 @@ class ActivationStore:
         axes = {self.sites[site]["axis"] for site in sites}
         if len(axes) != 1:
             raise StoreError(f"{', '.join(sites)} lie on different axes ({', '.join(sorted(axes))}): read them apart")
-        skipped = {skip.clip for site in sites for skip in self.record(site, shard).skipped}
+        skipped = {skip.clip for site in sites for skip in self._known(site, shard).skipped}
         axis = axes.pop()
         planned = (self.planned_span(axis, clip) for clip in self.shard_clips(shard) if clip not in skipped)
         return [span for span in planned if span.stop > span.start]
@@ -313,7 +334,13 @@ class ActivationStore:
             raise StoreError(f"rows {start}:{stop} of {site} cross a shard of {axis.shard_rows} rows")
         array = self._open_array(site, shard)
         try:
-            return np.asarray(array[start:stop])
+            try:
+                return np.asarray(array[start:stop])
+            except ValueError:
+                if not isinstance(array.store, RemoteArray):
+                    raise
+                array.store.forget()  # the shard may have been written again, or the network changed a byte
+                return np.asarray(array[start:stop])
         except (ValueError, OSError, RuntimeError) as error:
             raise StoreError(
                 f"{self._object_path(site, shard)} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again"
@@ -324,7 +351,7 @@ class ActivationStore:
         if not 0 <= clip < self.clips.num_rows:
             raise StoreError(f"there is no clip {clip} in {self.path}: it has clips 0 to {self.clips.num_rows - 1}")
         shard = int(self._columns["shard"][clip])
-        for skip in self.record(site, shard).skipped:
+        for skip in self._known(site, shard).skipped:
             if skip.clip == clip:
                 raise StoreError(f"clip {clip} was skipped: {skip.reason}")
         self.axis(site)
@@ -336,8 +363,8 @@ class ActivationStore:
     def _open_array(self, site: str, shard: int) -> zarr.Array:
         # A committed object that is gone would read as zeros: look once, before its first use.
         if (site, shard) not in self._present:
-            record, path = self.record(site, shard), self._object_path(site, shard)
-            if record.object_bytes and (not path.exists() or path.stat().st_size != record.object_bytes):
+            expected, path = self._known(site, shard).object_bytes, self._object_path(site, shard)
+            if expected and _size(path) != expected:
                 raise StoreError(f"{path} is missing or cut short: run 'hearsae repair {self.path}', then 'hearsae cache' again")
             self._present.add((site, shard))
         if site not in self._arrays:
@@ -403,15 +430,14 @@ class ActivationStore:
         if self.clips.num_rows != self.header.plan["clips"]:
             damages.append(Damage("clips.parquet", -1, f"{self.clips.num_rows} clips, the header says {self.header.plan['clips']}"))
         for site in self.sites:
-            for shard in self.committed(site):
+            shards = self.committed(site)
+            for shard, reason in zip(shards, in_order(partial(self._damage, site), shards, self.path, OBJECTS_AT_ONCE), strict=True):
                 objects += 1
-                reason = self._damage(site, shard)
                 if reason:
                     damages.append(Damage(site, shard, reason))
         return objects, damages
 
     def _damage(self, site: str, shard: int) -> str | None:
-        self._records.pop((site, shard), None)
         try:
             record = self.record(site, shard)
         except StoreError:
@@ -438,12 +464,20 @@ class ActivationStore:
         try:
             for damage in fixable:
                 self._record_path(damage.site, damage.shard).unlink()
-                self._records.pop((damage.site, damage.shard), None)
+                self._facts.pop((damage.site, damage.shard), None)
             for stale in () if isinstance(self.path, RemotePath) else self.path.rglob(".*.tmp"):  # an object has no half-written state
                 stale.unlink()
         except OSError as error:
             raise StoreError(f"can't repair {self.path}: {error.strerror}") from error
         return fixable
+
+
+def _size(path: Location) -> int | None:
+    """In bytes; None where there is nothing."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _is_record(name: str) -> bool:
@@ -470,7 +504,7 @@ def _create_array(store: MemoryStore, shape: tuple[int, ...], axis: str, header:
 
 
 def _reading(path: Location) -> Store:
-    return ObjectStore(path.store.below(path.key), read_only=True) if isinstance(path, RemotePath) else LocalStore(path, read_only=True)
+    return RemoteArray(path) if isinstance(path, RemotePath) else LocalStore(path, read_only=True)
 
 
 def _bytes_of(store: MemoryStore, key: str) -> memoryview | None:

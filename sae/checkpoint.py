@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cache.errors import HearsaeError
-from cache.location import Location, put
+from cache.location import Location, local_copy, put
 
 
 class State(NamedTuple):
@@ -48,7 +48,7 @@ def load_checkpoint(path: Location, identity: dict[str, Any]) -> Checkpoint | No
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:
+        with local_copy(path) as copy, safe_open(copy, "pt") as file:
             facts = json.loads(file.metadata()["hearsae"])
             refuse_difference(path, facts.pop("identity"), identity)
             tensors: list[dict[str, Tensor]] = [{} for _ in facts["states"]]

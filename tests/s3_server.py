@@ -45,7 +45,7 @@ class S3:
         self._lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Proxy,), {"s3": self}))
         self.server.daemon_threads = True
-        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -182,5 +182,5 @@ if __name__ == "__main__":  # python tests/s3_server.py '{"503": 0.1}': for a lo
     with running_s3() as s3:
         s3.make_bucket("bucket")
         s3.faults = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
-        print(json.dumps(s3.environment | {"without_proxy": "http://%s:%d" % s3.upstream}), flush=True)
+        print(json.dumps(s3.environment | {"without_proxy": "http://{}:{}".format(*s3.upstream)}), flush=True)
         sys.stdin.read()  # until whoever started it is gone
