@@ -6,11 +6,15 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
+import google_crc32c
+
 from cache.errors import StoreError
 from cache.location import Location
 from cache.plan import Axis
 
 FORMAT = 1
+FILE, COPY = "zarr.json", "header.json"
+"""A store's header and its copy, from which `repair` makes it again."""
 FRAME_SECONDS = 0.02
 SAMPLE_RATE = 16000
 
@@ -31,6 +35,8 @@ class Header:
     context: dict[str, Any] = field(default_factory=lambda: {"mode": "padded"})
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Site name -> `axis`, `width`."""
+    files: dict[str, str] = field(default_factory=dict)
+    """CRC32C, 8 hex digits, of every file that is written once: `clips.parquet`, `skipped.parquet`, `SITE/zarr.json`."""
     format: int = FORMAT
     frame_seconds: float = FRAME_SECONDS
     sample_rate: int = SAMPLE_RATE
@@ -65,22 +71,44 @@ def software() -> dict[str, str]:
     return found
 
 
-def read_header(path: Location) -> Header:
-    """The header of the store at `path`. Raises StoreError if there is no store, or one of another format."""
+def crc32c(data: bytes | memoryview) -> str:
+    """8 hex digits."""
+    return f"{google_crc32c.value(bytes(data)):08x}"
+
+
+def header_bytes(header: Header) -> bytes:
+    """What `zarr.json` and its copy hold."""
+    return _group(header.to_json())
+
+
+def _group(header: dict[str, Any]) -> bytes:
+    attributes = {"hearsae": header, "crc32c": crc32c(json.dumps(header).encode())}
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1).encode()
+
+
+def read_header(path: Location, file: str = FILE) -> Header:
+    """The header of the store at `path`, or its copy. Raises StoreError if there is no store, one of another format, or a damaged one."""
+    damaged = f"{path / file} is damaged: run 'hearsae repair {path}'"
     try:
-        data = json.loads((path / "zarr.json").read_bytes())["attributes"]["hearsae"]
+        text = (path / file).read_bytes()
+        attributes = json.loads(text)["attributes"]
+        data, has_checksum = attributes["hearsae"], "crc32c" in attributes
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"there is no activation store at {path}") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise StoreError(f"{path} is not a hearsae activation store") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise StoreError(damaged if (path / COPY).exists() else f"{path} is not a hearsae activation store") from error
     found = data.get("format") if isinstance(data, dict) else None
     if found != FORMAT:
         raise StoreError(f"{path} has store format {found}; this hearsae reads format {FORMAT}")
+    if has_checksum and text != _group(data):
+        raise StoreError(damaged)
     try:
         header = Header.from_json(data)
         _check(header)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path / 'zarr.json'} is damaged: its header can't be read") from error
+        raise StoreError(f"{path / file} is damaged: its header can't be read") from error
+    if not has_checksum and header.files:  # a header that knows its files has a checksum
+        raise StoreError(damaged)
     return header
 
 

@@ -9,11 +9,10 @@ import json
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +22,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore
 
 from cache.errors import StoreError
-from cache.header import Header, read_header, refuse_difference, software
+from cache.header import COPY, FILE, Header, crc32c, header_bytes, read_header, refuse_difference, software
 from cache.location import Location, RemotePath, arrow_input, in_order, location, names_in, put
 from cache.plan import Axis, Plan
 from cache.remote_array import RemoteArray
@@ -63,8 +62,13 @@ class Damage(NamedTuple):
     """One thing that `verify` found wrong."""
 
     site: str
+    """Or a file of the whole store: `clips.parquet`, `zarr.json`, ..."""
     shard: int
+    """-1 where it is such a file."""
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.reason}" if self.shard < 0 else f"{self.site} shard {self.shard}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,20 @@ class CommitRecord:
             "sum": base64.b64encode(self.sum.astype("<f8").tobytes()).decode(),
             "skipped": [skip._asdict() for skip in self.skipped],
         }
-        return json.dumps(data).encode()
+        return _with_crc32c(data)
 
     @classmethod
     def from_json(cls, text: bytes) -> "CommitRecord":
+        """Raises ValueError, TypeError or KeyError if a byte is another than was written."""
         data = json.loads(text)
+        if data.pop("crc32c", None) is not None and _with_crc32c(data) != text:
+            raise ValueError("its CRC32C is not its own")
         total = np.frombuffer(base64.b64decode(data["sum"]), dtype="<f8")
         return cls(**data | {"sum": total, "skipped": tuple(Skip(**skip) for skip in data["skipped"])})
+
+
+def _with_crc32c(record: dict[str, Any]) -> bytes:
+    return json.dumps(record | {"crc32c": crc32c(json.dumps(record).encode())}).encode()
 
 
 def _parquet(table: pa.Table) -> memoryview:
@@ -135,15 +146,27 @@ class ActivationStore:
         return cls(path, read_header(location(path)))
 
     @classmethod
+    def open_damaged(cls, path: str | Location) -> "ActivationStore":
+        """Opens a store to verify or repair it: by the copy of its header where the header itself can't be read."""
+        path = location(path)
+        try:
+            return cls.open(path)
+        except StoreError:
+            if not (path / COPY).exists():
+                raise
+            return cls(path, read_header(path, COPY))
+
+    @classmethod
     def create(cls, path: str | Location, header: Header, plan: Plan, sites: Sequence[Site]) -> "ActivationStore":
         """Creates the store, or continues it if its header agrees; adds the arrays of `sites` that are new.
 
         Raises StoreError naming the first difference if a store made otherwise is there, or if something else is.
         """
         path = location(path)
-        if (path / "zarr.json").exists():
+        if (path / FILE).exists() or (path / COPY).exists():
             store = cls.open(path)
             refuse_difference(path, store.header, header)
+            store._add_tables(plan, missing_only=True)
         else:
             try:
                 occupied = path.exists() and any(
@@ -153,30 +176,42 @@ class ActivationStore:
                 raise StoreError(f"can't use {path} as a store: {error.strerror}") from error
             if occupied:
                 raise StoreError(f"{path} holds other things and is no hearsae store: choose an empty or new folder")
-            put(path / "clips.parquet", _parquet(plan.clips))
-            put(path / "skipped.parquet", _parquet(plan.skipped))
             store = cls(path, header)
+            store._add_tables(plan)
             store._write_header()  # before the folders of sites: a run that ends between them, or another that starts, finds a store
         store._add_sites(sites)
         return store
 
     def _add_sites(self, sites: Sequence[Site]) -> None:
-        self.header = read_header(self.path)  # another run may have added sites since
+        now = read_header(self.path)  # another run may have added sites since
+        self.header = replace(now, files=now.files | self.header.files)
         new = [site for site in sites if site.name not in self.header.sites]
-        if not new:
-            return
         merged = self.header.sites | {site.name: {"axis": site.axis, "width": site.width} for site in new}
         self.header = Header.from_json(self.header.to_json() | {"sites": merged})
         for site in new:
-            axis = self.header.axes[site.axis]
-            memory = MemoryStore()
-            _create_array(memory, (axis.shards * axis.shard_rows, site.width), site.axis, self.header)
-            put(self.path / site.name / "zarr.json", _bytes_of(memory, "zarr.json") or b"")
+            self._add_file(f"{site.name}/zarr.json", self._array_metadata(site.name))
         self._write_header()
 
+    def _array_metadata(self, site: str) -> memoryview:
+        axis, memory = self.axis(site), MemoryStore()
+        _create_array(memory, (axis.shards * axis.shard_rows, self.sites[site]["width"]), self.sites[site]["axis"], self.header)
+        return _bytes_of(memory, "zarr.json") or memoryview(b"")
+
+    def _add_tables(self, plan: Plan, missing_only: bool = False) -> None:
+        for name, table in (("clips.parquet", plan.clips), ("skipped.parquet", plan.skipped)):
+            if not (missing_only and (self.path / name).exists()):
+                self._add_file(name, _parquet(table))
+
+    def _add_file(self, name: str, data: memoryview) -> None:
+        put(self.path / name, data)
+        self.header = replace(self.header, files=self.header.files | {name: crc32c(data)})
+
     def _write_header(self) -> None:
-        group = {"zarr_format": 3, "node_type": "group", "attributes": {"hearsae": self.header.to_json()}}
-        put(self.path / "zarr.json", json.dumps(group, indent=1).encode())
+        """The header, then its copy, where they are not as they should be."""
+        data = header_bytes(self.header)
+        for name in (FILE, COPY):
+            if not (self.path / name).exists() or (self.path / name).read_bytes() != data:
+                put(self.path / name, data)
 
     # What is there
 
@@ -194,7 +229,8 @@ class ActivationStore:
         try:
             return pq.read_table(arrow_input(self.path / name))
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{self.path / name} can't be read: {error}") from error
+            advice = f"run 'hearsae repair {self.path}', then 'hearsae cache' again"
+            raise StoreError(f"{self.path / name} can't be read ({error}): {advice}") from error
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
@@ -397,7 +433,7 @@ class ActivationStore:
             shard=shard,
             rows=valid,
             object_bytes=0 if encoded is None else len(encoded),
-            object_crc32c=_crc32c(encoded or b""),
+            object_crc32c=crc32c(encoded or b""),
             sum=total,
             sum_sq_norm=sq_norm,
             skipped=tuple(skipped),
@@ -425,10 +461,8 @@ class ActivationStore:
 
     def verify(self) -> tuple[int, list[Damage]]:
         """Reads every committed object and record. Returns how many (site, shard) pairs were read and what is wrong with them."""
-        damages: list[Damage] = []
+        damages = list(self._damaged_files())
         objects = 0
-        if self.clips.num_rows != self.header.plan["clips"]:
-            damages.append(Damage("clips.parquet", -1, f"{self.clips.num_rows} clips, the header says {self.header.plan['clips']}"))
         for site in self.sites:
             shards = self.committed(site)
             for shard, reason in zip(shards, in_order(partial(self._damage, site), shards, self.path, OBJECTS_AT_ONCE), strict=True):
@@ -436,6 +470,20 @@ class ActivationStore:
                 if reason:
                     damages.append(Damage(site, shard, reason))
         return objects, damages
+
+    def _damaged_files(self) -> Iterator[Damage]:
+        """Of the files that are of the whole store, or of a whole site."""
+        for name in (FILE, COPY) if self.header.files else ():
+            try:
+                read_header(self.path, name)
+            except StoreError:
+                yield Damage(name, -1, "is damaged" if (self.path / name).exists() else "is missing")
+        for name, expected in self.header.files.items():
+            try:
+                if crc32c((self.path / name).read_bytes()) != expected:
+                    yield Damage(name, -1, "its CRC32C is not that of the header")
+            except OSError as error:
+                yield Damage(name, -1, f"can't be read: {error.strerror}")
 
     def _damage(self, site: str, shard: int) -> str | None:
         try:
@@ -453,23 +501,32 @@ class ActivationStore:
             return f"object can't be read: {error.strerror}"
         if len(data) != record.object_bytes:
             return f"object has {len(data)} bytes, its record says {record.object_bytes}"
-        if _crc32c(data) != record.object_crc32c:
+        if crc32c(data) != record.object_crc32c:
             return "object's CRC32C is not that of its record"
         return None
 
     def repair(self) -> list[Damage]:
-        """Drops the records of what `verify` finds bad and what interrupted writers left, so that capture makes it again."""
+        """Drops what `verify` finds bad, and what interrupted writers left, so that capture makes it again. Returns what was bad.
+
+        Of a bad object, its record goes. The header is made again from its copy, an array's metadata from the header.
+        """
         _, damages = self.verify()
-        fixable = [damage for damage in damages if damage.shard >= 0]
         try:
-            for damage in fixable:
-                self._record_path(damage.site, damage.shard).unlink()
-                self._facts.pop((damage.site, damage.shard), None)
+            for damage in damages:
+                if damage.shard >= 0:
+                    self._record_path(damage.site, damage.shard).unlink()
+                    self._facts.pop((damage.site, damage.shard), None)
+                elif damage.site.endswith("/zarr.json"):
+                    self._add_file(damage.site, self._array_metadata(damage.site.removesuffix("/zarr.json")))
+                elif damage.site not in (FILE, COPY):
+                    (self.path / damage.site).unlink(missing_ok=True)
+            if self.header.files:
+                self._write_header()
             for stale in () if isinstance(self.path, RemotePath) else self.path.rglob(".*.tmp"):  # an object has no half-written state
                 stale.unlink()
         except OSError as error:
             raise StoreError(f"can't repair {self.path}: {error.strerror}") from error
-        return fixable
+        return damages
 
 
 def _size(path: Location) -> int | None:
@@ -482,10 +539,6 @@ def _size(path: Location) -> int | None:
 
 def _is_record(name: str) -> bool:
     return name.endswith(".json") and name[:-5].isdigit()
-
-
-def _crc32c(data: bytes | memoryview) -> str:
-    return f"{google_crc32c.value(bytes(data)):08x}"
 
 
 def _create_array(store: MemoryStore, shape: tuple[int, ...], axis: str, header: Header) -> zarr.Array:

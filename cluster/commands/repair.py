@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from cache.location import Location
-from cache.store import ActivationStore
+from cache.store import ActivationStore, Damage
 from cluster.commands import Output
 
 
@@ -18,10 +18,10 @@ class Repair(Output):
     """The store."""
 
     def run(self) -> dict[str, Any]:
-        return {"dropped": [damage._asdict() for damage in ActivationStore.open(self.store).repair()]}
+        return {"dropped": [damage._asdict() for damage in ActivationStore.open_damaged(self.store).repair()]}
 
     def summary(self, result: dict[str, Any]) -> str:
         if not result["dropped"]:
             return f"{self.store}: nothing to repair"
-        lines = [f"  {bad['site']} shard {bad['shard']}: {bad['reason']}" for bad in result["dropped"]]
+        lines = [f"  {Damage(**bad)}" for bad in result["dropped"]]
         return "\n".join([f"{self.store}: dropped {len(lines)}; run the 'hearsae cache' command again to make them", *lines])

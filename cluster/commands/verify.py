@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from cache.location import Location
-from cache.store import ActivationStore
+from cache.store import ActivationStore, Damage
 from cluster.commands import Output
 
 
@@ -18,7 +18,7 @@ class Verify(Output):
     """The store."""
 
     def run(self) -> dict[str, Any]:
-        objects, bad = ActivationStore.open(self.store).verify()
+        objects, bad = ActivationStore.open_damaged(self.store).verify()
         return {"ok": not bad, "objects": objects, "bad": [damage._asdict() for damage in bad]}
 
     def complaint(self, result: dict[str, Any]) -> str | None:
@@ -29,4 +29,4 @@ class Verify(Output):
     def summary(self, result: dict[str, Any]) -> str:
         if result["ok"]:
             return f"{self.store}: all {result['objects']} objects are good"
-        return "\n".join(f"{bad['site']} shard {bad['shard']}: {bad['reason']}" for bad in result["bad"])
+        return "\n".join(str(Damage(**bad)) for bad in result["bad"])

@@ -273,7 +273,7 @@ def test_a_store_made_otherwise_is_left_alone(bench, refused):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"attributes":{"hearsae":[]}}', '{"attributes":{"hearsae":{"format":1}}}', "format", "model", "axis", "chunk"]
 )
-def test_a_header_that_is_damaged_or_of_another_format(bench, tmp_path, refused, text):
+def test_a_header_that_is_damaged_or_of_another_format(bench, tmp_path, capfd, refused, succeeds, text):
     store = copy(bench.store, tmp_path / "store")
     data = json.loads((store / "zarr.json").read_text())
     header = data["attributes"]["hearsae"]
@@ -286,10 +286,19 @@ def test_a_header_that_is_damaged_or_of_another_format(bench, tmp_path, refused,
     if text in damage:
         damage[text]()
     (store / "zarr.json").write_text(json.dumps(data) if text in damage else text)
-    for command in (["info", store], ["verify", store], ["repair", store], bench.cache(store)):
+    for command in (["info", store], bench.cache(store)):
         line = refused(*command)
         assert str(store) in line
         assert text != "format" or "store format 9; this hearsae reads format 1" in line
+    capfd.readouterr()
+    assert main(["verify", str(store)]) == 1
+    assert capfd.readouterr().out.startswith("zarr.json: ")
+    shutil.copy(store / "zarr.json", store / "header.json")
+    for command in (["verify", store], ["repair", store]):  # nothing is left to mend it from
+        assert str(store) in refused(*command)
+    shutil.copy(bench.store / "header.json", store / "header.json")
+    assert [bad["site"] for bad in succeeds("repair", store)["dropped"]] == ["zarr.json"]
+    assert contents(store) == contents(bench.store)
 
 
 def test_verify_names_what_is_damaged_and_repair_and_cache_mend_it(bench, tmp_path, capfd, refused, succeeds):

@@ -206,6 +206,67 @@ def test_a_driver_killed_at_random_moments_and_started_again_makes_the_same_stor
     hold_to(tmp_path / "acts.zarr", undisturbed)
 
 
+# Flipped bytes
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << random.Random(at).randrange(8)
+    path.write_bytes(bytes(data))
+
+
+@pytest.fixture(scope="module")
+def small_store(inputs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("small") / "acts.zarr"
+    assert main(cache_arguments(inputs, out, "--no-ray", dataset="few")) == 0
+    return out
+
+
+FILES = {
+    "zarr.json": "zarr.json",
+    "header.json": "header.json",
+    "clips.parquet": "clips.parquet",
+    "skipped.parquet": "skipped.parquet",
+    "encoder.blocks.0/zarr.json": "encoder.blocks.0/zarr.json",
+    "encoder.blocks.0/c/1/0": "encoder.blocks.0 shard 1",
+    "commits/decoder.blocks.1/000001.json": "decoder.blocks.1 shard 1",
+}
+"""A file of each kind, and how `verify` names it."""
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_flipped_byte_anywhere_is_named_and_repair_and_cache_restore_it(inputs, small_store, tmp_path, capsys, file):
+    length = (small_store / file).stat().st_size
+    for at in sorted(
+        {0, length - 20, length - 9, length - 1, *random.Random(file).sample(range(length), 5)}
+    ):  # an object's index is its last 20 bytes
+        store = tmp_path / f"{at}.zarr"
+        shutil.copytree(small_store, store)
+        flip(store / file, at)
+        assert main(["verify", str(store)]) == 1
+        out, err = capsys.readouterr()
+        assert out.startswith(f"{FILES[file]}: ") and out.count("\n") == 1, f"byte {at}: {out}{err}"
+        assert main(["repair", str(store)]) == 0
+        assert FILES[file] in capsys.readouterr().out
+        assert main(cache_arguments(inputs, store, "--no-ray", dataset="few")) == 0
+        assert main(["verify", str(store)]) == 0
+        capsys.readouterr()
+        hold_to(store, small_store)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_is_gone_is_named_and_made_again(inputs, small_store, tmp_path, capsys, file):
+    store = tmp_path / "acts.zarr"
+    shutil.copytree(small_store, store)
+    (store / file).unlink()
+    if not file.startswith("commits/"):  # without a record there is nothing to be missed
+        assert main(["verify", str(store)]) == 1
+        assert capsys.readouterr().out.startswith(f"{FILES[file]}: ")
+        assert main(["repair", str(store)]) == 0
+    assert main(cache_arguments(inputs, store, "--no-ray", dataset="few")) == 0
+    hold_to(store, small_store)
+
+
 # Two drivers
 
 
@@ -227,8 +288,12 @@ def start_two(inputs: str, out: str, how: list[str], apart: float) -> list[tuple
     ],
 )
 def test_two_drivers_on_one_store_do_no_harm(inputs, undisturbed, tmp_path, how, apart):
-    for status, out, err in netns.call(start_two, inputs, tmp_path / "acts.zarr", how, apart, timeout=240):
+    first, second = netns.call(start_two, inputs, tmp_path / "acts.zarr", how, apart, timeout=240)
+    for status, out, err in (first, second):
         assert status == 0, err
         assert json.loads(out)["clips"] == CLIPS
+    if apart:
+        assert "hearsae: this store is being captured by process" in second[2]
+    assert json.loads(first[1])["shards_computed"] + json.loads(second[1])["shards_computed"] < CLIPS + 10  # they meet once
     verified(tmp_path / "acts.zarr")
     hold_to(tmp_path / "acts.zarr", undisturbed)
