@@ -9,7 +9,7 @@ from cache.errors import HearsaeError
 from cache.location import Location, RemotePath, put
 
 UPLOAD_EVERY_S = 60.0
-"""A process that is killed loses at most so much of its log; its checkpoints are another matter, and lose nothing."""
+"""Between two uploads; before a checkpoint is another, so that a run that goes on from it has a log without holes."""
 
 
 def open_log(out: Location, position: int) -> Any:
@@ -23,9 +23,14 @@ def open_log(out: Location, position: int) -> Any:
     try:
         if isinstance(folder, RemotePath):
             return _UploadedLog(folder, position)
-        return SummaryWriter(str(folder), purge_step=position or None)
+        return SummaryWriter(str(folder), purge_step=_next(position))
     except OSError as error:
         raise HearsaeError(f"can't write {out}: {error.strerror or error}") from error
+
+
+def _next(position: int) -> int | None:
+    """The first step that counts no longer where an earlier attempt logged it."""
+    return position + 1 if position else None
 
 
 class _UploadedLog:
@@ -36,13 +41,17 @@ class _UploadedLog:
 
         self._folder = folder
         self._local = tempfile.TemporaryDirectory(prefix="hearsae-log-")
-        self._writer = SummaryWriter(self._local.name, purge_step=position or None)
+        self._writer = SummaryWriter(self._local.name, purge_step=_next(position))
         self._next_upload = time.monotonic() + UPLOAD_EVERY_S
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._writer.add_scalar(name, value, step)
         if time.monotonic() > self._next_upload:
             self._upload()
+
+    def flush(self) -> None:
+        """Uploads it: what is logged before a checkpoint should outlive the process as the checkpoint does."""
+        self._upload()
 
     def _upload(self) -> None:
         self._writer.flush()

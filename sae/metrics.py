@@ -9,8 +9,8 @@ import torch
 from cache.errors import HearsaeError
 from cache.model import fast_matmul
 from cache.store import ActivationStore
+from sae.chunks import read_valid, valid_chunks
 from sae.models import Dictionary
-from sae.stream import read_valid, valid_chunks
 
 DENSE = 0.1
 """A latent that fires on more than this part of the rows counts as dense."""

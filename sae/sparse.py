@@ -13,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae.ranks import Ranks
+
 BOUND_SAMPLE_ROWS = 128
 """Rows from which `select_batch_topk` guesses where the cut lies."""
 BOUND_SLACK = 1.25
 """It guesses low, for this many times the values wanted: a guess that is too high costs a second pass."""
+DIGITS = ((20, 11), (10, 10), (0, 10))
+"""A positive float32 as three digits, from the highest on: how far right it lies, how many bits it has. As a whole, bits order like values."""
 
 
 class Codes(NamedTuple):
@@ -56,9 +60,7 @@ Select = Callable[[Tensor], SparseRows]
 def select_above(pre: Tensor, threshold: float) -> SparseRows:
     """The values greater than max(threshold, 0). pre: float32 [rows, d_sae]."""
     bound = max(threshold, 0.0)
-    if pre.is_cuda:
-        return _from_flat(torch.nonzero(pre.flatten() > bound)[:, 0], pre)
-    return _from_flat(torch.from_numpy(np.flatnonzero(pre.numpy() > bound)), pre)
+    return _from_flat(_above(pre.flatten(), bound), pre)
 
 
 def select_topk(pre: Tensor, k: int) -> SparseRows:
@@ -97,6 +99,60 @@ def select_batch_topk_plain(pre: Tensor, n: int) -> SparseRows:
     """Twin of `select_batch_topk`: sorts everything."""
     value, index = pre.flatten().sort(descending=True, stable=True)
     return _from_flat(index[:n][value[:n] > 0].sort().values, pre)
+
+
+def select_batch_topk_of_ranks(pre: Tensor, n: int, ranks: Ranks) -> SparseRows:
+    """This rank's part of what `select_batch_topk` selects from the rows of all ranks, one rank's after the other's.
+
+    Exact: the n-th largest value is found digit by digit from counts that are summed over the ranks (a radix selection), so that only
+    counters travel. pre: float32 [rows, d_sae], of this rank; the number of rows may differ between ranks. n: of all ranks.
+    """
+    flat = pre.flatten()
+    bounds = ranks.table(torch.tensor([0.0 if pre.is_cuda else _low_bound(pre.numpy(), n // ranks.world)], device=pre.device))
+    for bound in dict.fromkeys((float(bounds.min()), 0.0)):
+        index = _above(flat, bound)
+        counts = _digit_counts(flat[index].view(torch.int32), 0, ranks)
+        if counts.sum() >= n:
+            break
+    else:
+        return _from_flat(index, pre)  # all positive values of all ranks are too few
+
+    bits, prefix, wanted = flat[index].view(torch.int32), 0, n
+    for digit, (_shift, width) in enumerate(DIGITS):
+        if digit:
+            counts = _digit_counts(bits[bits >> DIGITS[digit - 1][0] == prefix], digit, ranks)
+        larger = counts.sum(0).flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
+        value = int((larger >= wanted).nonzero()[-1])
+        wanted -= int(larger[value + 1]) if value + 1 < len(larger) else 0
+        prefix = prefix << width | value
+    before = int(counts[: ranks.rank, value].sum())
+    ties = (bits == prefix).nonzero()[:, 0][: max(0, wanted - before)]
+    keep = bits > prefix
+    keep[ties] = True
+    return _from_flat(index[keep], pre)
+
+
+def select_batch_topk_of_ranks_plain(pre: Tensor, n: int, ranks: Ranks) -> SparseRows:
+    """Twin of `select_batch_topk_of_ranks`: every rank gets all rows, selects, and keeps its own."""
+    rows = [int(count) for count in ranks.table(torch.tensor([len(pre)]))]
+    everything = torch.zeros(sum(rows), pre.shape[1])
+    first = sum(rows[: ranks.rank])
+    everything[first : first + len(pre)] = pre
+    ranks.sum(everything)
+    codes = select_batch_topk_plain(everything, n)
+    start = codes.start[first : first + len(pre) + 1]
+    return SparseRows(start - start[0], codes.latent[start[0] : start[-1]], codes.value[start[0] : start[-1]])
+
+
+def _digit_counts(bits: Tensor, digit: int, ranks: Ranks) -> Tensor:
+    """int64 [ranks, 2^width]: how many of each rank's values have which digit."""
+    shift, width = DIGITS[digit]
+    return ranks.table(torch.bincount(bits >> shift & (1 << width) - 1, minlength=1 << width))
+
+
+def _above(flat: Tensor, bound: float) -> Tensor:
+    """int64: where the values are greater than the bound."""
+    return torch.nonzero(flat > bound)[:, 0] if flat.is_cuda else torch.from_numpy(np.flatnonzero(flat.numpy() > bound))
 
 
 def _low_bound(pre: np.ndarray, n: int) -> float:

@@ -10,9 +10,10 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -24,22 +25,24 @@ from tqdm import tqdm
 from cache.errors import HearsaeError
 from cache.location import Location, put
 from cache.model import choose_device, fast_matmul
-from cache.store import ActivationStore
+from cache.store import ActivationStore, SiteStats
 from sae.checkpoint import Checkpoint, State, load_checkpoint, refuse_difference, save_checkpoint
 from sae.log import open_log
 from sae.models import Dictionary, SaeConfig
-from sae.sparse import SparseRows, autoencode, select_above, select_batch_topk, select_topk
+from sae.ranks import ALONE, Ranks
+from sae.sparse import SparseRows, autoencode, select_above, select_batch_topk, select_batch_topk_of_ranks, select_topk
 from sae.stream import RowStream
 
 CHECKPOINT = "checkpoint.safetensors"
+RUN = "run.json"
+"""What the unfinished run in a folder is."""
 RESULT = "train.json"
-LOG_EVERY_ROWS = 50_000
 DECODER_TURN = 0.08
 """Default learning rate times sqrt(d_in): about the angle in radians by which a step of Adam turns a unit decoder row. On tiny.en's
 block 2 (d_sae 3072, k 32, 1 M rows) 0.047, 0.067, 0.094 and 0.19 gave test FVU 0.211, 0.192, 0.177 and 0.165; 0, 0, 0.3 and 30 % dead."""
 RUNNING_DECAY = 0.9
 """Of the running means of threshold, FVU and L0: they follow about the last ten batches."""
-HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "quiet")
+HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "log_every", "follow_timeout", "quiet")
 """Settings that may differ when a run is continued; that the stores hold the same rows is checked by `RowStream.fingerprint`."""
 
 
@@ -86,8 +89,17 @@ class TrainConfig:
     """Seed of the order of the rows, the same for every SAE of a grid."""
     buffer_mib: int = 256
     """Size of the buffer in which rows are mixed; two of them are in memory."""
+    lanes: int | None = None
+    """Independent parts of the row stream, each a part of every batch: as many workers as this can share the work, and any number of
+    them learns the same. Default: the number of workers at the first start."""
+    follow: bool = False
+    """Start while the stores are still being written: wait for shards as they are needed. The first epoch takes them in order."""
+    follow_timeout: float = 600.0
+    """Seconds to wait for any new shard before giving up (with --follow)."""
     checkpoint_every: int = 1_000_000
     """Rows between checkpoints."""
+    log_every: int = 50_000
+    """Rows between entries of the TensorBoard log."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
     threads: int | None = None
@@ -115,66 +127,95 @@ class RunResult(NamedTuple):
     dead_fraction: float
 
 
-def train(config: TrainConfig, stores: Sequence[ActivationStore] | None = None) -> list[RunResult]:
+def train(
+    config: TrainConfig,
+    stores: Sequence[ActivationStore] | None = None,
+    ranks: Ranks = ALONE,
+    only: slice | None = None,
+    on_rows: Callable[[int], None] = lambda position: None,
+) -> list[RunResult]:
     """Trains every SAE of the grid and saves it; writes `train.json` with the config and the results, which it returns.
 
     stores: already open, in place of `config.store`.
+    ranks: the processes that call this together. Each reads and computes a part of every batch; the first one writes.
+    only: trains these SAEs of the grid and leaves them as checkpoints, returning nothing: once all are there, a call without it finishes.
+    on_rows: called after each step with the rows consumed so far.
     Raises HearsaeError for settings that can't work, stores that can't be read, and another run's output in `config.out`.
     """
     _check(config)
     device = choose_device(config.device)
-    stores = [ActivationStore.open(path) for path in config.store] if stores is None else stores
-    stream = RowStream(stores, config.site, config.batch, config.stream_seed, buffer_bytes=config.buffer_mib << 20)
+    stores = _open_stores(config) if stores is None else stores
+    lanes = ranks.once(partial(_lanes, config, ranks.world))
+    stream = _stream(config, stores, lanes, ranks)
     identity = _identity(config, stream)
-    if (config.out / RESULT).exists():
-        return _read_results(config.out / RESULT, identity)
+    finished = ranks.once(partial(_begin, config.out, identity))
+    if finished is not None:
+        return finished
 
-    stats = {site: stream.stats(site) for site in config.site}
-    for site, stat in stats.items():
-        if stat.mean_sq_dist <= 1e-12 * float(stat.mean @ stat.mean):
-            raise HearsaeError(f"all {stat.rows} rows of {site} are equal: there is nothing to learn")
-    centre = {site: torch.from_numpy(stats[site].mean).float().to(device) for site in config.site}
-    scale = {site: math.sqrt(len(centre[site]) / stats[site].mean_sq_dist) for site in config.site}
-    trainees = [Trainee(sae, config, device) for sae in _grid(config, stores)]
-    folders = _folders(config.out, [trainee.sae.config for trainee in trainees])
-    buffer = torch.empty(config.batch * max(config.d_sae), device=device)
-    steps = config.rows // config.batch
-
-    earlier = load_checkpoint(config.out / CHECKPOINT, identity) or Checkpoint(0, 0.0, 0.0, ())
-    for trainee, state in zip(trainees, earlier.states, strict=False):
-        trainee.load_state(state)
-    stream.seek(earlier.position)
     started = time.perf_counter()
+    with stream, _threads(config.threads), fast_matmul():
+        stats = {site: stream.stats(site) for site in config.site}
+        for site, stat in stats.items():
+            if stat.mean_sq_dist <= 1e-12 * float(stat.mean @ stat.mean):
+                raise HearsaeError(f"all {stat.rows} rows of {site} are equal: there is nothing to learn")
+        centre = {site: torch.from_numpy(stats[site].mean).float().to(device) for site in config.site}
+        scale = {site: math.sqrt(len(centre[site]) / stats[site].mean_sq_dist) for site in config.site}
+        grid = _grid(config, stores)
+        trainees = [Trainee(sae, config, device, ranks) for sae in (grid if only is None else grid[only])]
+        folders = _folders(config.out, grid)[only or slice(None)]
+        buffer = torch.empty(config.batch * max(config.d_sae), device=device)
+        steps = config.rows // config.batch
 
-    def now() -> Checkpoint:
-        seconds, waited = earlier.seconds + time.perf_counter() - started, earlier.waited + stream.wait_seconds
-        return Checkpoint(stream.position, seconds, waited, [trainee.state() for trainee in trainees])
+        earlier = [ranks.once(partial(load_checkpoint, folder / CHECKPOINT, identity)) or Checkpoint(0, 0.0, 0.0, ()) for folder in folders]
+        for trainee, checkpoint in zip(trainees, earlier, strict=True):
+            for state in checkpoint.states:
+                trainee.load_state(state)
+        first = min(checkpoint.position for checkpoint in earlier)
+        stream.seek(first)
 
-    with _threads(config.threads), fast_matmul(), stream, _progress(config, earlier.position) as bar, open_log(config.out, earlier.position) as log:
-        for step in range(earlier.position // config.batch, steps):
-            rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
-            rate = learning_rate_factor(step, steps, config.warmup, config.decay)
+        def checkpoints() -> list[Checkpoint]:
+            """Of each SAE, now, with the state of the first rank, which all ranks take up."""
+            seconds, waited = time.perf_counter() - started, float(ranks.table(torch.tensor([stream.wait_seconds], device=device)).max())
             for trainee in trainees:
-                trainee.step(rows[trainee.sae.config.site], rate, buffer)
+                ranks.copy_first(trainee.state().tensors.values())
+            return [
+                Checkpoint(stream.position, before.seconds + seconds, before.waited + waited, [trainee.state()])
+                for before, trainee in zip(earlier, trainees, strict=True)
+            ]
 
-            bar.update(config.batch)
-            last = step + 1 == steps
-            if last or _passes(stream.position, config.batch, LOG_EVERY_ROWS):
-                bar.set_postfix(fvu=f"{trainees[0].mean('fvu'):.3f}")
-                log.add_scalar("rows_per_s", (stream.position - earlier.position) / (time.perf_counter() - started), stream.position)
-                for folder, trainee in zip(folders, trainees, strict=True):
-                    for name, value in trainee.scalars(rate).items():
-                        log.add_scalar(f"{folder.name}/{name}" if len(trainees) > 1 else name, value, stream.position)
-            if not last and _passes(stream.position, config.batch, config.checkpoint_every):
-                save_checkpoint(config.out / CHECKPOINT, identity, now())
+        def save() -> None:
+            for folder, checkpoint in zip(folders, checkpoints(), strict=True):
+                if ranks.first:
+                    save_checkpoint(folder / CHECKPOINT, identity, checkpoint)
 
-    for folder, trainee in zip(folders, trainees, strict=True):
-        site = trainee.sae.config.site
-        trainee.dictionary(rows=stream.position).folded(stats[site].mean, scale[site]).save(folder)
-    results = [_result(folder, trainee, now()) for folder, trainee in zip(folders, trainees, strict=True)]
-    put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
-    (config.out / CHECKPOINT).unlink(missing_ok=True)
-    return results
+        checkpoints()
+        with _progress(config, first) as bar, ExitStack() as stack:
+            logs = [stack.enter_context(open_log(folder, done.position)) for folder, done in zip(folders, earlier, strict=True) if ranks.first]
+            for step in range(first // config.batch, steps):
+                rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
+                rate = learning_rate_factor(step, steps, config.warmup, config.decay)
+                behind = [i for i, checkpoint in enumerate(earlier) if checkpoint.position < stream.position]
+                for i in behind:
+                    trainees[i].step(rows[trainees[i].sae.config.site], rate, buffer)
+
+                bar.update(config.batch)
+                on_rows(stream.position)
+                last = step + 1 == steps
+                if last or _passes(stream.position, config.batch, config.log_every):
+                    bar.set_postfix(fvu=f"{trainees[0].mean('fvu'):.3f}")
+                    rows_per_s = (stream.position - first) / (time.perf_counter() - started)
+                    for i in behind if logs else ():
+                        for name, value in (trainees[i].scalars(rate) | {"rows_per_s": rows_per_s}).items():
+                            logs[i].add_scalar(name, value, stream.position)
+                if not last and _passes(stream.position, config.batch, config.checkpoint_every):
+                    for log in logs:
+                        log.flush()
+                    save()
+
+        if only is not None:
+            save()
+            return []
+        return ranks.once(partial(_finish, config, identity, folders, trainees, checkpoints(), stats, scale))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -187,34 +228,40 @@ def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> 
 class Trainee:
     """One SAE in training, on rows that are centred and scaled so that mean ||x||^2 = d_in."""
 
-    def __init__(self, sae: SaeConfig, recipe: TrainConfig, device: torch.device) -> None:
+    def __init__(self, sae: SaeConfig, recipe: TrainConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
         self.recipe = recipe
+        self.ranks = ranks
         self.sae = Dictionary(sae)
         self.sae.init_parameters(torch.Generator().manual_seed(sae.seed))
         self.sae.to(device)
         self.lr = recipe.lr or DECODER_TURN / math.sqrt(sae.d_in)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
         self.rows_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-        self.running = dict.fromkeys(("weight", "threshold", "fvu", "l0", "aux_loss"), 0.0)
+        self.running = dict.fromkeys(("weight", "threshold", "loss", "fvu", "l0", "aux_loss"), 0.0)
         """Exponential sums; divided by `weight` they are running means without the bias of starting at 0."""
 
     def step(self, x: Tensor, rate: float, buffer: Tensor) -> float:
-        """One step on x [rows, d_in] with `rate` times the learning rate. Returns the loss.
+        """One step on x [rows, d_in], this rank's part of the batch, with `rate` times the learning rate. Returns the loss of the batch.
 
+        Every rank's loss is its share of that of the batch, so gradients, like losses, are sums over ranks.
         buffer: float32 with at least rows * d_sae elements, overwritten.
         """
-        sae, recipe = self.sae, self.recipe
-        x_hat, codes, l1_norm = self._forward(x, buffer)
+        sae, recipe, ranks = self.sae, self.recipe, self.ranks
+        energy, n_rows = x.square().sum(), torch.tensor(len(x), device=x.device)
+        ranks.sum(energy, n_rows)
+        batch = int(n_rows)
+        x_hat, codes, l1_norm = self._forward(x, batch, buffer)
         residual = x - x_hat
-        energy = x.square().sum()
         fvu = residual.square().sum() / energy
         aux = self._aux_loss(x, residual.detach())
         loss = fvu + recipe.aux * aux + recipe.l1 * l1_norm / energy
-        if not math.isfinite(loss.item()):
+        batch_loss = self._count(codes, batch, loss, fvu, aux)
+        if not math.isfinite(batch_loss):
             raise HearsaeError(f"training on {sae.config.site} diverged (its loss is not finite): use a lower learning rate than {self.lr:g}")
 
         self.optimizer.zero_grad()
         loss.backward()
+        ranks.sum(*(parameter.grad for parameter in sae.parameters() if parameter.grad is not None))
         self._keep_decoder_gradient_tangent()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), recipe.clip_norm)
         for group in self.optimizer.param_groups:
@@ -222,10 +269,9 @@ class Trainee:
         self.optimizer.step()
         with torch.no_grad():
             sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-        self._count(codes, len(x), fvu.item(), aux.item())
-        return loss.item()
+        return batch_loss
 
-    def _forward(self, x: Tensor, buffer: Tensor) -> tuple[Tensor, SparseRows, Tensor]:
+    def _forward(self, x: Tensor, batch: int, buffer: Tensor) -> tuple[Tensor, SparseRows, Tensor]:
         """(reconstruction, codes, sum of the values that the L1 penalty falls on)."""
         sae = self.sae
         if sae.config.arch == "relu":
@@ -233,12 +279,14 @@ class Trainee:
             z = pre.relu()
             return sae.decode(z), select_above(pre.detach(), 0.0), z.sum()
         pre_buffer = buffer[: len(x) * sae.config.d_sae].view(len(x), -1)
-        x_hat, codes = autoencode(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, self._select, pre_buffer)
+        x_hat, codes = autoencode(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, partial(self._select, batch=batch), pre_buffer)
         return x_hat, codes, x.new_zeros(())
 
-    def _select(self, pre: Tensor) -> SparseRows:
+    def _select(self, pre: Tensor, batch: int) -> SparseRows:
         k = self.sae.config.k
-        return select_topk(pre, k) if self.sae.config.arch == "topk" else select_batch_topk(pre, k * len(pre))
+        if self.sae.config.arch == "topk":
+            return select_topk(pre, k)
+        return select_batch_topk(pre, k * batch) if self.ranks.world == 1 else select_batch_topk_of_ranks(pre, k * batch, self.ranks)
 
     def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor:
         """AuxK (2406.04093, A.2): how much of the residual the d_in / 2 strongest dead latents of each row leave unexplained."""
@@ -249,7 +297,9 @@ class Trainee:
         pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
         top = pre.topk(min(max(1, sae.config.d_in // 2), len(dead)), dim=1, sorted=False)
         z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
-        return (residual - z @ sae.W_dec[dead]).square().sum() / residual.square().sum()
+        unexplained = residual.square().sum()
+        self.ranks.sum(unexplained)
+        return (residual - z @ sae.W_dec[dead]).square().sum() / unexplained
 
     @torch.no_grad()
     def _keep_decoder_gradient_tangent(self) -> None:
@@ -258,15 +308,31 @@ class Trainee:
         assert grad is not None
         grad -= (grad * W_dec).sum(1, keepdim=True) * W_dec
 
-    def _count(self, codes: SparseRows, rows: int, fvu: float, aux: float) -> None:
-        self.rows_since_fired += rows
-        self.rows_since_fired[codes.latent.long()] = 0
-        smallest = float(codes.value.min()) if len(codes.value) else 0.0
-        seen = {"weight": 1.0, "threshold": smallest, "fvu": fvu, "l0": len(codes.value) / rows, "aux_loss": aux}
+    @torch.no_grad()
+    def _count(self, codes: SparseRows, batch: int, loss: Tensor, fvu: Tensor, aux: Tensor) -> float:
+        """Which latents fired, and the running means, both over all ranks. Returns the loss of the batch."""
+        fired = torch.zeros(self.sae.config.d_sae, device=codes.value.device)
+        fired[codes.latent.long()] = 1.0
+        self.ranks.sum(fired)
+        self.rows_since_fired += batch
+        self.rows_since_fired[fired > 0] = 0
+        smallest = codes.value.min() if len(codes.value) else loss.new_tensor(math.inf)
+        number = loss.new_tensor(len(codes.value), dtype=torch.float64)
+        of_ranks = self.ranks.table(torch.stack([value.double() for value in (loss, fvu, aux, number, smallest)]))
+        (batch_loss, fvu_sum, aux_sum, kept, _), smallest_of_all = of_ranks.sum(0).tolist(), float(of_ranks[:, 4].min())
+        seen = {
+            "weight": 1.0,
+            "threshold": smallest_of_all if kept else 0.0,
+            "loss": batch_loss,
+            "fvu": fvu_sum,
+            "l0": kept / batch,
+            "aux_loss": aux_sum,
+        }
         self.running = {name: RUNNING_DECAY * self.running[name] + (1 - RUNNING_DECAY) * value for name, value in seen.items()}
+        return batch_loss
 
     def mean(self, name: str) -> float:
-        """Running mean of `fvu`, `l0`, `aux_loss` or `threshold` (the smallest value kept in a batch)."""
+        """Running mean of `loss`, `fvu`, `l0`, `aux_loss` or `threshold` (the smallest value kept in a batch)."""
         return self.running[name] / (self.running["weight"] or 1.0)
 
     @property
@@ -276,7 +342,7 @@ class Trainee:
 
     def scalars(self, rate: float) -> dict[str, float]:
         """What is logged."""
-        return {name: self.mean(name) for name in ("fvu", "l0", "aux_loss")} | {"dead": self.dead_fraction, "lr": self.lr * rate}
+        return {name: self.mean(name) for name in ("loss", "fvu", "l0", "aux_loss")} | {"dead": self.dead_fraction, "lr": self.lr * rate}
 
     def dictionary(self, rows: int) -> Dictionary:
         """What was learnt from so many rows, for centred and scaled rows, with the inference threshold of BatchTopK (2412.06410)."""
@@ -345,7 +411,7 @@ def _check(config: TrainConfig) -> None:
         raise HearsaeError(f"--rows {config.rows} is less than one batch of {config.batch} rows")
     if not (0 <= config.warmup <= 1 and 0 <= config.decay <= 1):
         raise HearsaeError(f"--warmup {config.warmup:g} and --decay {config.decay:g} are parts of the run: between 0 and 1")
-    for name in ("lr", "clip_norm", "dead_after", "checkpoint_every", "buffer_mib"):
+    for name in ("lr", "clip_norm", "dead_after", "checkpoint_every", "log_every", "buffer_mib", "lanes", "follow_timeout"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise HearsaeError(f"--{name.replace('_', '-')} {value} is not a positive number")
@@ -354,13 +420,81 @@ def _check(config: TrainConfig) -> None:
             raise HearsaeError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative or no number")
 
 
+# Where a run begins and ends
+
+
+def _open_stores(config: TrainConfig) -> list[ActivationStore]:
+    """Following, waits for each to be made."""
+    until = time.monotonic() + config.follow_timeout
+    for path in config.store:
+        while config.follow and not (path / "zarr.json").exists() and time.monotonic() < until:
+            time.sleep(0.2)
+    return [ActivationStore.open(path) for path in config.store]
+
+
+def _lanes(config: TrainConfig, workers: int) -> int:
+    """As many as asked for, or as the run in `out` has, or else one a worker."""
+    for name in (RESULT, RUN):
+        if config.lanes is None and (config.out / name).exists():
+            return _read_identity(config.out / name).get("lanes", 1)
+    return config.lanes or workers
+
+
+def _stream(config: TrainConfig, stores: Sequence[ActivationStore], lanes: int, ranks: Ranks) -> RowStream:
+    """The lanes of this rank: consecutive ones, so that the rows of all ranks, one after the other, are those of one process."""
+    if ranks.world > lanes:
+        raise HearsaeError(f"{ranks.world} workers can't share {lanes} lanes: use {lanes} --workers, or another --out with more --lanes")
+    timeout_s = config.follow_timeout if config.follow else None
+    return RowStream(
+        stores,
+        config.site,
+        config.batch,
+        config.stream_seed,
+        buffer_bytes=config.buffer_mib << 20,
+        lanes=lanes,
+        only=ranks.part(lanes),
+        follow_timeout_s=timeout_s,
+    )
+
+
+def _begin(out: Location, identity: dict[str, Any]) -> list[RunResult] | None:
+    """Says in `out` which run this is. The results if it is finished."""
+    if (out / RESULT).exists():
+        refuse_difference(out / RESULT, _read_identity(out / RESULT), identity)
+        return _read_results(out / RESULT)
+    if (out / RUN).exists():
+        refuse_difference(out / RUN, _read_identity(out / RUN), identity)
+    else:
+        put(out / RUN, _to_json({"identity": identity}))
+    return None
+
+
+def _finish(
+    config: TrainConfig,
+    identity: dict[str, Any],
+    folders: Sequence[Location],
+    trainees: Sequence["Trainee"],
+    ends: Sequence[Checkpoint],
+    stats: dict[str, SiteStats],
+    scale: dict[str, float],
+) -> list[RunResult]:
+    for folder, trainee, end in zip(folders, trainees, ends, strict=True):
+        site = trainee.sae.config.site
+        trainee.dictionary(rows=end.position).folded(stats[site].mean, scale[site]).save(folder)
+    results = [_result(folder, trainee, end) for folder, trainee, end in zip(folders, trainees, ends, strict=True)]
+    put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
+    for path in (config.out / RUN, *(folder / CHECKPOINT for folder in folders)):
+        path.unlink(missing_ok=True)
+    return results
+
+
 # Settings, results
 
 
 def _identity(config: TrainConfig, stream: RowStream) -> dict[str, Any]:
     """What must agree for two runs to be one, as JSON gives it back."""
     settings = {name: value for name, value in _settings(config).items() if name not in HOW_NOT_WHAT}
-    return json.loads(_to_json(settings | {"stored rows": stream.fingerprint()}))
+    return json.loads(_to_json(settings | {"lanes": stream.lanes, "stored rows": stream.fingerprint()}))
 
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
@@ -387,14 +521,18 @@ def _result(folder: Location, trainee: Trainee, end: Checkpoint) -> RunResult:
     )
 
 
-def _read_results(path: Location, identity: dict[str, Any]) -> list[RunResult]:
+def _read_results(path: Location) -> list[RunResult]:
     try:
-        data = json.loads(path.read_bytes())
-        have, results = data["identity"], [RunResult(**run) for run in data["runs"]]
+        return [RunResult(**run) for run in json.loads(path.read_bytes())["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HearsaeError(f"{path} is damaged ({error}): remove it to train again") from error
-    refuse_difference(path, have, identity)
-    return results
+
+
+def _read_identity(path: Location) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes())["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HearsaeError(f"{path} is damaged ({error}): remove it to train again") from error
 
 
 def _to_json(data: Any) -> bytes:

@@ -1,8 +1,11 @@
 """The row stream: every valid row once an epoch, in an order that the seed alone fixes."""
 
+import threading
 import time
 from collections import Counter
+from concurrent.futures import CancelledError
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,3 +202,190 @@ def test_the_fingerprint_changes_with_what_is_read(tmp_path, store):
     ]
     assert len(set(prints)) == 4
     assert RowStream([ActivationStore.open(store.path)], [SITE], 10).fingerprint() == prints[0]
+
+
+def test_one_lane_is_the_sequence_that_checkpoints_rely_on(store):
+    seen = addresses(take(RowStream([store], [SITE], 50, seed=3, position=7000, buffer_bytes=3 * CHUNK_BYTES), 1))
+    assert seen[:6] == [(9, 59), (1, 1), (8, 188), (0, 263), (0, 191), (0, 288)]
+
+
+# Lanes
+
+
+def lane_rows(store: ActivationStore, lane: int, lanes: int) -> int:
+    """Rows of a lane in the first epoch."""
+    chunks = RowStream([store], [SITE], 50, lanes=lanes).chunks
+    return sum(chunks[i].rows for i in np.random.default_rng([0, 0, 0]).permutation(len(chunks))[lane::lanes])
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 5])
+def test_the_lanes_of_an_epoch_are_every_valid_row_once(store, lanes):
+    seen = Counter()
+    for lane in range(lanes):
+        rows = lane_rows(store, lane, lanes)
+        stream = RowStream([store], [SITE], 50, buffer_bytes=4 * CHUNK_BYTES, lanes=lanes, only=[lane])
+        seen += Counter(addresses(take(stream, -(-rows // (50 // lanes))))[:rows])
+    assert seen == Counter((clip["clip"], frame) for clip in store.clips.to_pylist() for frame in range(clip["n_frames"]))
+
+
+@pytest.mark.parametrize("buffer", [4 * CHUNK_BYTES, 1 << 28])
+def test_whoever_reads_some_lanes_reads_their_part_of_every_batch(store, buffer):
+    def batches(only):
+        return take(RowStream([store], [SITE, OTHER], 50, seed=2, buffer_bytes=buffer, lanes=3, only=only), 150)
+
+    whole, first, others = batches(None), batches([0]), batches([1, 2])
+    assert {len(batch) for batch in whole} == {50}
+    assert [len(batch) for batch in (first[0], others[0])] == [16, 34]
+    for together, one, two in zip(whole, first, others, strict=True):
+        assert torch.equal(together, torch.cat([one, two]))
+
+
+def test_lanes_go_on_from_the_end_of_any_batch(store):
+    def stream(position):
+        return RowStream([store], [SITE], 30, seed=5, position=position, buffer_bytes=4 * CHUNK_BYTES, lanes=4)
+
+    straight = take(stream(0), 150)
+    for done in (1, 7, 64, 65, 110):
+        for ours, theirs in zip(take(stream(30 * done), 20), straight[done:], strict=False):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="position 31 lies within a batch"):
+        next(stream(31))
+
+
+def test_lanes_share_the_buffer(store):
+    counting = CountingStore.open(store.path)
+    with RowStream([counting], [SITE], 8, buffer_bytes=4 * 64 * 8 * 2, lanes=2) as stream:
+        next(stream)
+        time.sleep(0.3)
+        assert counting.reads == 8, "two blocks of two chunks in each of two lanes"
+
+
+def test_more_lanes_than_chunks_or_rows_are_refused(store):
+    n_chunks = len(RowStream([store], [SITE], 10).chunks)
+    assert len(take(RowStream([store], [SITE], 100, lanes=n_chunks), 3)) == 3
+    with pytest.raises(HearsaeError, match=rf"{n_chunks} chunks have rows, fewer than {n_chunks + 1} lanes"):
+        RowStream([store], [SITE], 100, lanes=n_chunks + 1)
+    with pytest.raises(HearsaeError, match="a batch of 2 rows can't be put together from 3 lanes"):
+        RowStream([store], [SITE], 2, lanes=3)
+
+
+def test_the_fingerprint_changes_with_the_lanes(store):
+    assert len({RowStream([store], [SITE], 10, lanes=lanes).fingerprint() for lanes in (1, 2, 3)}) == 3
+
+
+# A store that is still being written
+
+
+class Writer(threading.Thread):
+    """Commits the shards of a store one by one, in any order, with pauses."""
+
+    def __init__(self, path, order, seed=0, **settings):
+        super().__init__(daemon=True)
+        self.path, self.order, self.settings, self.rng = path, order, settings, np.random.default_rng(seed)
+
+    def run(self):
+        for shard in self.order:
+            time.sleep(float(self.rng.uniform(0, 0.1)))
+            make(self.path, shards=[shard], **self.settings)
+
+
+def following(store: ActivationStore, **settings) -> RowStream:
+    return RowStream(
+        [store], **{"sites": [SITE, OTHER], "batch": 50, "seed": 1, "buffer_bytes": 4 * CHUNK_BYTES, "follow_timeout_s": 30.0} | settings
+    )
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_following_gives_what_a_finished_store_gives(tmp_path, lanes):
+    skip = {3: "too loud", 5: "too quiet"}
+    finished = make(tmp_path / "finished.zarr", skip=skip)
+    shards = finished.axis(SITE).shards
+    straight = take(following(finished, lanes=lanes), 120)
+    assert 2 * following(finished).rows < 120 * 50, "two epochs"
+    for attempt in range(3):
+        order = np.random.default_rng(attempt).permutation(shards) if attempt else np.arange(shards)
+        growing = make(tmp_path / f"{attempt}.zarr", shards=[], skip=skip)
+        stream = following(growing, lanes=lanes)
+        writer = Writer(growing.path, order, attempt, skip=skip)
+        writer.start()
+        live = take(stream, 120)
+        writer.join()
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(live, straight, strict=True))
+        assert stream.wait_seconds > 0
+
+
+def test_following_starts_with_the_first_shards_and_then_mixes_all(store):
+    seen = addresses(take(following(store, sites=[SITE], buffer_bytes=10 * 64 * 8 * 2), 2 * TOTAL // 50))
+    shard = store.clips["shard"].to_numpy()
+    first = {int(shard[clip]) for clip, _ in seen[:200]}
+    assert first == {0}
+    assert Counter(seen[:TOTAL]) == Counter((clip["clip"], frame) for clip in store.clips.to_pylist() for frame in range(clip["n_frames"]))
+    assert len({int(shard[clip]) for clip, _ in seen[TOTAL : TOTAL + 200]}) > 1
+    usual = take(RowStream([store], [SITE], 50, seed=1, position=TOTAL // 50 * 50 + 50, buffer_bytes=10 * 64 * 8 * 2), 10)
+    assert addresses(usual) == seen[TOTAL // 50 * 50 + 50 :][:500], "from the second epoch on it is the usual stream"
+
+
+def test_following_goes_on_from_any_position(tmp_path):
+    store = make(tmp_path / "acts.zarr", skip={3: "too loud"})
+    straight = take(following(store, lanes=2), 150)
+    for done in (1, 20, 43, 44, 45, 100):
+        for ours, theirs in zip(take(following(store, lanes=2, position=50 * done), 10), straight[done:], strict=False):
+            assert torch.equal(ours, theirs)
+
+
+def test_following_several_stores_mixes_their_shards_in_proportion(tmp_path):
+    stores = [make(tmp_path / "a.zarr"), make(tmp_path / "b.zarr")]
+    stream = RowStream(stores, [SITE], 50, follow_timeout_s=1.0)
+    order = list(dict.fromkeys((chunk.shard, chunk.store) for chunk in stream._planned))
+    assert order == sorted(order)
+    assert len(take(stream, 5)) == 5
+
+
+def test_what_is_known_of_a_followed_store_is_known_from_its_plan(tmp_path, store, monkeypatch):
+    monkeypatch.setattr("sae.stream.FOLLOWED_STATS_ROWS", 700)
+    first = make(tmp_path / "first.zarr", shards=[0, 1])
+    ours, theirs = following(first), following(store)
+    assert ours.fingerprint() == theirs.fingerprint() != RowStream([store], [SITE, OTHER], 50, seed=1).fingerprint()
+    assert ours.stats(SITE).rows == theirs.stats(SITE).rows < TOTAL
+    np.testing.assert_array_equal(ours.stats(SITE).mean, theirs.stats(SITE).mean)
+    with pytest.raises(HearsaeError, match=f"{TOTAL} planned rows .* fewer than one batch of 5000"):
+        following(first, batch=5000)
+
+
+def test_a_wait_without_any_new_shard_ends_in_one_line(tmp_path):
+    store = make(tmp_path / "acts.zarr", shards=[0, 2])
+    (store.path / "commits" / OTHER / "000002.json").unlink()
+    message = f"acts.zarr: shard 1 of {SITE} is missing, and no shard was committed in 0.3 s: start 'hearsae cache' again"
+    with pytest.raises(HearsaeError, match=message), following(store, follow_timeout_s=0.3) as stream:
+        list(islice(stream, TOTAL // 50))
+    make(store.path, shards=[1])
+    with pytest.raises(HearsaeError, match=f"shard 2 of {OTHER} is missing"), following(store, follow_timeout_s=0.3) as stream:
+        list(islice(stream, TOTAL // 50))
+
+
+def test_any_new_shard_prolongs_the_wait(tmp_path):
+    store = make(tmp_path / "acts.zarr", shards=[])
+    shards = store.axis(SITE).shards
+    writer = Writer(store.path, range(shards - 1, -1, -1))
+    writer.rng = SimpleNamespace(uniform=lambda *_: 0.4)
+    writer.start()
+    assert len(take(following(store, follow_timeout_s=1.0), 3)) == 3
+    assert shards * 0.4 > 1.2
+
+
+def test_a_wait_ends_when_the_stream_is_closed(tmp_path):
+    stream = following(make(tmp_path / "acts.zarr", shards=[]), follow_timeout_s=600.0)
+    raised: list[BaseException] = []
+
+    def read_on():
+        try:
+            next(stream)
+        except CancelledError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=read_on, daemon=True)
+    thread.start()
+    time.sleep(0.2)
+    stream.close()
+    thread.join(10)
+    assert not thread.is_alive() and raised

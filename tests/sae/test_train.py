@@ -77,10 +77,10 @@ def test_a_run_that_died_goes_on_bit_for_bit(planted, tmp_path, arch):
     dying.reads_left = 2 * 32
     with pytest.raises(OSError, match="gone"):
         train(config, [dying])
-    assert (config.out / "checkpoint.safetensors").exists()
+    assert len(list(config.out.rglob("checkpoint.safetensors"))) == 2
     assert not list(config.out.rglob("config.json"))
     resumed = train(config)
-    assert not (config.out / "checkpoint.safetensors").exists()
+    assert not [*config.out.rglob("checkpoint.safetensors"), *config.out.glob("run.json")]
     for ours, theirs in zip(resumed, straight, strict=True):
         a, b = (load_file(Path(result.dir) / "sae.safetensors") for result in (ours, theirs))
         assert all(torch.equal(a[name], b[name]) for name in a)
@@ -161,8 +161,12 @@ def test_the_checkpoint_of_another_grid_is_refused(planted, tmp_path):
     dying.reads_left = 33
     with pytest.raises(OSError, match="gone"):
         train(config_for(planted, tmp_path, rows=256 * 500, checkpoint_every=256, buffer_mib=1), [dying])
-    with pytest.raises(HearsaeError, match=r"checkpoint.safetensors is of another run: seed is \[0\] there and \[1, 2\] here"):
+    with pytest.raises(HearsaeError, match=r"run.json is of another run: seed is \[0\] there and \[1, 2\] here"):
         train(config_for(planted, tmp_path, rows=256 * 500, buffer_mib=1, seed=(1, 2)))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(HearsaeError, match=r"checkpoint.safetensors is of another run: seed is \[0\] there and \[7\] here"):
+        train(config_for(planted, tmp_path, rows=256 * 500, buffer_mib=1, seed=(7,)))
+    (tmp_path / "run.json").unlink()
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(HearsaeError, match=r"checkpoint.safetensors is damaged"):

@@ -1,0 +1,68 @@
+"""Chunks, the units of reading a store: which have rows, and the rows that they have."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cache.errors import HearsaeError
+from cache.store import ActivationStore, Span
+
+
+class Chunk(NamedTuple):
+    """One unit of reading that has rows."""
+
+    store: int
+    shard: int
+    start: int
+    """First row, counted over the whole array."""
+    stop: int
+    rows: int
+    """Valid ones; of a planned chunk those that it has if no clip is skipped."""
+
+
+def valid_chunks(store: ActivationStore, sites: Sequence[str], shard: int, number: int = 0) -> Iterator[Chunk]:
+    """The chunks of a committed shard that have valid rows, in address order. number: what they shall call the store."""
+    return _chunks_of(store, sites[0], shard, store.spans(shard, *sites), number)
+
+
+def planned_chunks(store: ActivationStore, sites: Sequence[str], shard: int, number: int = 0) -> Iterator[Chunk]:
+    """The chunks in which the plan puts rows, whether the shard is committed or not, in address order."""
+    axis = store.sites[sites[0]]["axis"]
+    spans = [store.planned_span(axis, clip) for clip in store.shard_clips(shard)]
+    return _chunks_of(store, sites[0], shard, [span for span in spans if span.stop > span.start], number)
+
+
+def _chunks_of(store: ActivationStore, site: str, shard: int, spans: Sequence[Span], number: int) -> Iterator[Chunk]:
+    axis = store.axis(site)
+    first = shard * axis.shard_rows
+    valid = np.zeros(axis.shard_rows // axis.chunk_rows, dtype=np.int64)
+    for span in spans:
+        for i in range((span.start - first) // axis.chunk_rows, (span.stop - 1 - first) // axis.chunk_rows + 1):
+            start = first + i * axis.chunk_rows
+            valid[i] += min(span.stop, start + axis.chunk_rows) - max(span.start, start)
+    for i in np.flatnonzero(valid).tolist():
+        start = first + i * axis.chunk_rows
+        yield Chunk(number, shard, start, start + axis.chunk_rows, int(valid[i]))
+
+
+def rows_within(chunk: Chunk, spans: Sequence[Span]) -> int:
+    """How many rows of a chunk lie in one of the spans."""
+    return sum(max(0, min(span.stop, chunk.stop) - max(span.start, chunk.start)) for span in spans)
+
+
+def read_valid(store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
+    """The rows of a chunk that lie in one of the spans, [rows, d], as stored. Raises HearsaeError if a value is NaN or infinite."""
+    rows = store.read(site, chunk.start, chunk.stop)
+    number = np.arange(chunk.start, chunk.stop)
+    if chunk.rows < len(rows):
+        valid = np.zeros(len(rows), dtype=bool)
+        for span in spans:
+            valid[max(span.start - chunk.start, 0) : max(span.stop - chunk.start, 0)] = True
+        rows, number = rows[valid], number[valid]
+    # A sum is finite exactly where all its terms are, and is ten times as quick as looking at each.
+    if not np.isfinite(float(torch.from_numpy(rows).sum(dtype=torch.float64))):
+        bad = number[~np.isfinite(rows).all(axis=1)]
+        raise HearsaeError(f"{store.path}: {site} has NaN or infinite values in shard {chunk.shard}, first in row {bad[0]}: cache that shard again")
+    return rows
