@@ -142,10 +142,10 @@ def train(
     on_rows: called after each step with the rows consumed so far.
     Raises HearsaeError for settings that can't work, stores that can't be read, and another run's output in `config.out`.
     """
-    _check(config)
+    check_config(config)
     device = choose_device(config.device)
     stores = _open_stores(config) if stores is None else stores
-    lanes = ranks.once(partial(_lanes, config, ranks.world))
+    lanes = ranks.once(partial(lanes_of_run, config, ranks.world))
     stream = _stream(config, stores, lanes, ranks)
     identity = _identity(config, stream)
     finished = ranks.once(partial(_begin, config.out, identity))
@@ -189,7 +189,7 @@ def train(
                     save_checkpoint(folder / CHECKPOINT, identity, checkpoint)
 
         checkpoints()
-        with _progress(config, first) as bar, ExitStack() as stack:
+        with progress_bar(config, first) as bar, ExitStack() as stack:
             logs = [stack.enter_context(open_log(folder, done.position)) for folder, done in zip(folders, earlier, strict=True) if ranks.first]
             for step in range(first // config.batch, steps):
                 rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
@@ -387,13 +387,19 @@ def _grid(config: TrainConfig, stores: Sequence[ActivationStore]) -> list[SaeCon
     ]
 
 
+def grid_size(config: TrainConfig) -> int:
+    """How many SAEs are to be trained."""
+    return len(config.site) * len(config.d_sae) * (1 if config.arch == "relu" else len(config.k)) * len(config.seed)
+
+
 def _folders(out: Location, grid: Sequence[SaeConfig]) -> list[Location]:
     if len(grid) == 1:
         return [out]
     return [out / f"{sae.site}-{sae.arch}-{sae.d_sae}{f'-k{sae.k}' if sae.k else ''}-seed{sae.seed}" for sae in grid]
 
 
-def _check(config: TrainConfig) -> None:
+def check_config(config: TrainConfig) -> None:
+    """Raises HearsaeError for settings that can't work, whatever is in the stores."""
     for name in ("site", "d_sae", "k", "seed"):
         values = getattr(config, name)
         if not values or len(set(values)) < len(values):
@@ -432,7 +438,7 @@ def _open_stores(config: TrainConfig) -> list[ActivationStore]:
     return [ActivationStore.open(path) for path in config.store]
 
 
-def _lanes(config: TrainConfig, workers: int) -> int:
+def lanes_of_run(config: TrainConfig, workers: int) -> int:
     """As many as asked for, or as the run in `out` has, or else one a worker."""
     for name in (RESULT, RUN):
         if config.lanes is None and (config.out / name).exists():
@@ -552,7 +558,8 @@ def _threads(n: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _progress(config: TrainConfig, done: int) -> "tqdm[Any]":
+def progress_bar(config: TrainConfig, done: int) -> "tqdm[Any]":
+    """Of rows, on stderr where that is a terminal."""
     shown = sys.stderr.isatty() and not config.quiet
     return tqdm(total=config.rows // config.batch * config.batch, initial=done, unit="row", unit_scale=True, disable=not shown)
 

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.commands import Output
-from sae.train import TrainConfig, train
+from cluster.training import RankOptions, train_on
+from sae.train import TrainConfig
 
 
 @dataclass(frozen=True)
-class Train(Output, TrainConfig):
+class Train(Output, RankOptions, TrainConfig):
     __doc__ = TrainConfig.__doc__
 
     def run(self) -> dict[str, Any]:
-        return {"runs": [result._asdict() for result in train(self)]}
+        return {"runs": [result._asdict() for result in train_on(self, self)]}
 
     def summary(self, result: dict[str, Any]) -> str:
         lines = []
