@@ -135,6 +135,9 @@ class Deadly(CaptureConfig):
             os._exit(1)
         return super().__getattribute__(name)
 
+    def __repr__(self) -> str:
+        return "Deadly"  # Ray writes it into its logs, in the worker
+
 
 @pytest.mark.slow
 @pytest.mark.cluster
