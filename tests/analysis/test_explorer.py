@@ -7,6 +7,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from analysis.grid import BINS, bin_edges, bin_of
 from analysis.scan import ScanOptions, scan
 from cache.audio import AudioFolder
 from cache.errors import HearsaeError
+from cache.header import header_bytes
 from cache.plan import make_plan
 from cache.store import ActivationStore
 from sae.models import Dictionary, SaeConfig
@@ -71,9 +73,7 @@ def make_world(root: Path) -> Path:
     source = AudioFolder(root / "sounds")
     plan = make_plan(source.items(), tokenize=lambda text, language: list(range(len(text) % 7 + 3)))
     store = fill_store(root / "acts.zarr", plan, {SITE: WIDTH, TOKEN_SITE: WIDTH}, rows_of)
-    header = json.loads((store.path / "zarr.json").read_text())
-    header["attributes"]["hearsae"]["dataset"] = source.describe()
-    (store.path / "zarr.json").write_text(json.dumps(header))
+    (store.path / "zarr.json").write_bytes(header_bytes(replace(store.header, dataset=source.describe())))
     store = ActivationStore.open(store.path)
     make_sae(root / "sae")
     for name, spec in {"neurons": f"neurons:{SITE}", "latents": f"sae:{root / 'sae'}", "tokens": f"neurons:{TOKEN_SITE}"}.items():
