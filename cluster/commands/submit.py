@@ -38,7 +38,7 @@ class Submit(Output):
     num_cpus: float | None = None
     """Cores to set aside for the command itself, beside those of its workers."""
     num_gpus: float | None = None
-    """GPUs to set aside for the command itself (one that works without Ray, evaluate or train, say)."""
+    """GPUs to set aside for the command itself (one that works in its own process, as evaluate does)."""
     memory: int | None = None
     """Bytes to set aside for the command itself."""
     name: str | None = None

@@ -324,6 +324,7 @@ def jobs_behind_a_token(root: str) -> dict[str, Any]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_cluster_that_wants_a_token_gets_it_from_the_environment_only(tmp_path):
     said = netns.call(jobs_behind_a_token, tmp_path, timeout=150)
     for refused, reason in [*((done, "wants a token: set RAY_AUTH_MODE=token") for done in said["without"]), (said["wrong"], "refuses the token")]:
