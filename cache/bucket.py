@@ -34,6 +34,7 @@ PATIENCE = timedelta(minutes=3)
 """With a store that fails, or tells to slow down."""
 PATIENT = {"max_retries": 12, "retry_timeout": PATIENCE, "backoff": {"init_backoff": timedelta(milliseconds=100), "base": 2}}
 IMPATIENT = {"max_retries": 0}
+IMPATIENT_CLIENT = {"read_timeout": timedelta(seconds=10)}
 """Until the store has answered once: an address that was mistyped shall not be tried for minutes."""
 TRIES_TO_REACH = 2
 PAGE_KEYS = 1000
@@ -56,7 +57,8 @@ class Bucket:
         kind: Any = {"s3": obstore.store.S3Store, "gs": obstore.store.GCSStore}[scheme]
         try:
             self._impatient, self._patient = (
-                kind(name, config=settings, client_options=CLIENT | client, retry_config=retries) for retries in (IMPATIENT, PATIENT)
+                kind(name, config=settings, client_options=CLIENT | client | more, retry_config=retries)
+                for retries, more in ((IMPATIENT, IMPATIENT_CLIENT), (PATIENT, {}))
             )
         except (BaseError, ValueError, OSError) as error:
             raise self.explain(error, "") from None
@@ -194,7 +196,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    return "kind: Connect," in str(error)
+    return bool(re.search(r"\bConnect,|kind: Timeout", str(error)))  # refused, no such host, silence: as obstore describes its client's errors
 
 
 # Settings
