@@ -30,7 +30,7 @@ from sae.train import TrainConfig, train
 
 pytestmark = pytest.mark.cluster
 
-BATCH, STEPS, CHECKPOINT = 512, 400, 8192
+BATCH, STEPS, CHECKPOINT = 512, 200, 8192
 WIDTH = 256
 
 
@@ -229,6 +229,37 @@ def test_too_many_failures_are_one_line(played, root):
         and "\n" not in line
     )
     assert (root / "failures" / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": 0}, "--workers 0 must be at least 1"),
+        ({"workers": 2, "min_workers": 3}, "--min-workers 3 must be at least 1 and at most --workers"),
+        ({"min_workers": 0}, "--min-workers 0 must be at least 1"),
+        ({"workers": 2, "max_failures": -1}, "--max-failures -1 is negative"),
+    ],
+)
+def test_options_that_can_not_be_are_refused_before_anything_starts(store, tmp_path, settings, message):
+    with pytest.raises(HearsaeError, match=message):
+        train_on(config_for(store, tmp_path / "sae"), RankOptions(**settings))
+    assert not list(tmp_path.iterdir())
+
+
+def test_following_a_capture_from_before_its_store_exists_gives_what_the_finished_store_gives(tmp_path):
+    store, site = tmp_path / "acts.zarr", "encoder.blocks.0"
+    capture = [sys.executable, "-m", "cluster.cli", "cache", "--dataset", "micro", "--split", "test", "--model", "micro", "--no-ray"]
+    capture += ["--sites", site, "--chunk-rows", "512", "--shard-rows", "1024", "--out", str(store)]
+    settings = {"site": (site,), "d_sae": (64,), "batch": 256, "rows": 256 * 40, "follow": True, "buffer_mib": 1}
+    live, later = (config_for(str(store), tmp_path / name, **settings) for name in ("live", "later"))
+    following = subprocess.Popen(command_for(live, "--follow", "--json"), stdout=subprocess.PIPE, text=True)
+    capturing = subprocess.Popen(capture, stdout=subprocess.DEVNULL)
+    out, _ = following.communicate(timeout=240)
+    assert following.returncode == 0 and capturing.wait(60) == 0
+    (run,) = json.loads(out)["runs"]
+    assert run["wait_fraction"] > 0.1 and run["rows"] == 256 * 40
+    train(later)
+    assert same_sae(live.out, later.out)
 
 
 def test_after_a_killed_driver_the_command_goes_on_with_any_number_of_workers(played, store, root, tmp_path):
