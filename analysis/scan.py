@@ -131,7 +131,8 @@ def empty(features: Features, options: ScanOptions) -> ShardScan:
 
 def merge(a: ShardScan, b: ShardScan) -> ShardScan:
     """The scan of the rows of both, of which they share none."""
-    if set(a.shards) & set(b.shards):
+    fewer, more = sorted((a.shards, b.shards), key=len)
+    if not set(fewer).isdisjoint(more):
         raise ValueError(f"merging shards {sorted(set(a.shards) & set(b.shards))} twice")
     bins, bin_counts = _merge_counts(a, b)
     return ShardScan(

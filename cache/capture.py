@@ -291,17 +291,17 @@ def capture_in_process(config: CaptureConfig, pending: Iterable[int]) -> Iterabl
 def summarise(prepared: Prepared, run: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The run's summary, keys as in the command line's contract. run: what `cache.runs.RunLog` counted; goes in as it is."""
     store, names = prepared.store, [site.name for site in prepared.sites]
-    skipped = store.skipped(*names)
+    totals = {name: store.totals(name) for name in names}
+    skipped = {clip: reason for of_site in totals.values() for clip, reason in of_site.skipped.items()}
     first = store.skipped_sources.to_pylist()
-    records = [store.record(names[0], shard) for shard in store.committed(names[0])]
     width = {site.name: site.width for site in prepared.sites}
     return run | {
         "store": str(store.path),
         "clips": store.clips.num_rows - len(skipped),
         "skipped": len(skipped) + len(first),
         "skipped_reasons": [*skipped.values(), *(f"{row['source']} (row {row['source_row']}): {row['reason']}" for row in first)],
-        "frames": sum(record.rows for record in records),
+        "frames": totals[names[0]].rows,
         "shards": store.axis(names[0]).shards,
         "seconds": seconds,
-        "sites": {name: {"width": width[name], "bytes": sum(store.record(name, s).object_bytes for s in store.committed(name))} for name in names},
+        "sites": {name: {"width": width[name], "bytes": totals[name].object_bytes} for name in names},
     }

@@ -58,6 +58,16 @@ class SiteStats(NamedTuple):
     """Mean of ||x - mean||^2 over rows."""
 
 
+class SiteTotals(NamedTuple):
+    """What the committed shards of a site come to."""
+
+    shards: int
+    rows: int
+    object_bytes: int
+    skipped: dict[int, str]
+    """Clip -> why it has no rows."""
+
+
 class Damage(NamedTuple):
     """One thing that `verify` found wrong."""
 
@@ -310,6 +320,20 @@ class ActivationStore:
     def records(self, site: str, shards: Sequence[int] | None = None) -> Iterator[CommitRecord]:
         """The commit records of `shards` (default: all committed ones), in order. From an object store many at once; never all in memory."""
         return in_order(lambda shard: self.record(site, shard), self.committed(site) if shards is None else shards, self.path)
+
+    def totals(self, site: str) -> SiteTotals:
+        """Counts over the committed shards. Raises StoreError if a record is damaged."""
+        shards, rows, object_bytes, skipped = 0, 0, 0, dict[int, str]()
+        for record in self.records(site):
+            shards, rows, object_bytes = shards + 1, rows + record.rows, object_bytes + record.object_bytes
+            skipped.update((skip.clip, skip.reason) for skip in record.skipped)
+        return SiteTotals(shards, rows, object_bytes, skipped)
+
+    def remember(self, shards: Sequence[int], *sites: str) -> None:
+        """Reads what `spans` needs of shards, many at once, where it would read one by one. Raises StoreError if one is not committed."""
+        for site in sites:
+            for _ in self.records(site, [shard for shard in shards if (site, shard) not in self._facts]):
+                pass
 
     def _known(self, site: str, shard: int) -> "_Facts":
         if (site, shard) not in self._facts:

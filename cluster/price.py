@@ -300,7 +300,7 @@ def _within(lengths: np.ndarray, shard: np.ndarray) -> np.ndarray:
 def _bytes_per_value(store: ActivationStore, sites: Sequence[Site]) -> dict[str, float]:
     found = {}
     for site in sites:
-        records = [store.record(site.name, shard) for shard in store.committed(site.name)]
-        if rows := sum(record.rows for record in records):
-            found[site.name] = sum(record.object_bytes for record in records) / (rows * site.width)
+        totals = store.totals(site.name)
+        if totals.rows:
+            found[site.name] = totals.object_bytes / (totals.rows * site.width)
     return found

@@ -106,6 +106,8 @@ class RowStream:
         for number, shards in enumerate(self.shards):
             for shard in shards if self._arrivals else ():
                 self._arrivals.wait(number, shard)  # type: ignore[union-attr]
+        for store, shards in zip(self.stores, self.shards, strict=True):
+            store.remember(shards, *self.sites)
         found = [
             chunk
             for number, (store, shards) in enumerate(zip(self.stores, self.shards, strict=True))

@@ -56,23 +56,19 @@ class Info(Output):
     def _look(self) -> dict[str, Any]:
         store = ActivationStore.open(self.store)
         latest = runs(store, last=1)
-        sites = {}
+        sites, skipped = {}, set[int]()
         for name, site in store.sites.items():
-            records = [store.record(name, shard) for shard in store.committed(name)]
-            sites[name] = {
-                **site,
-                "shards": store.axis(name).shards,
-                "committed": len(records),
-                "rows": sum(record.rows for record in records),
-                "bytes": sum(record.object_bytes for record in records),
-            }
+            totals = store.totals(name)
+            skipped |= totals.skipped.keys()
+            counts = {"committed": totals.shards, "rows": totals.rows, "bytes": totals.object_bytes}
+            sites[name] = {**site, "shards": store.axis(name).shards, **counts}
         return {
             "store": str(self.store),
             "model": store.header.model,
             "dataset": store.header.dataset,
             "clips": store.clips.num_rows,
-            "hours": sum(store.clips["duration_s"].to_pylist()) / 3600,
-            "skipped": len(store.skipped(*store.sites)) + store.skipped_sources.num_rows,
+            "hours": float(store.clips["duration_s"].to_numpy().sum()) / 3600,
+            "skipped": len(skipped) + store.skipped_sources.num_rows,
             "dtype": store.header.dtype,
             "codec": store.header.codec,
             "axes": {name: axis._asdict() for name, axis in store.header.axes.items()},
