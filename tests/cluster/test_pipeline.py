@@ -128,21 +128,18 @@ def test_audio_decoded_by_tasks_gives_the_same_store(inputs, without_ray, tmp_pa
 
 
 class Deadly(CaptureConfig):
-    """Ends the process that asks for the device, unless it is the test's own."""
+    """Ends the process in which a `cache.capture.Worker` asks it for anything."""
 
     def __getattribute__(self, name):
-        if name == "device" and os.environ["HEARSAE_TEST_DRIVER"] != str(os.getpid()):
+        caller = sys._getframe(1)
+        if caller.f_globals["__name__"] == "cache.capture" and caller.f_code.co_name == "__init__":
             os._exit(1)
         return super().__getattribute__(name)
-
-    def __repr__(self) -> str:
-        return "Deadly"  # Ray writes it into its logs, in the worker
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_shard_that_kills_every_worker_is_given_up(inputs, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setenv("HEARSAE_TEST_DRIVER", str(os.getpid()))
+def test_a_shard_that_kills_every_worker_is_given_up(inputs, tmp_path):  # noqa: F811
     config = Deadly(str(inputs / "clips"), str(inputs / "tiny.pt"), ("encoder.blocks.0",), tmp_path / "acts.zarr", chunk_rows=64, device="cpu")
     prepared = prepare(config)
     with session(WorkerOptions(workers=1)), pytest.raises(HearsaeError, match=f"a worker died {ATTEMPTS} times on shard 0 "):
@@ -189,6 +186,17 @@ def test_errors_of_shards_and_merges_are_raised(ray_of_two):  # noqa: F811
             reduce_shards(refuse_five, together, range(9), options)
         with pytest.raises(HearsaeError, match="these can't be merged"):
             reduce_shards(refuse_five, refuse_merge, range(4), options)
+
+
+def kill(shard: int) -> dict[int, int]:
+    os._exit(1)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_a_shard_that_kills_every_scanning_worker_is_given_up(ray_of_two):  # noqa: F811
+    with pytest.raises(HearsaeError, match=r"a worker died \d times on the same shard"):
+        reduce_shards(kill, together, [0], TWO)
 
 
 # Following a store that is being written
