@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
@@ -90,8 +91,8 @@ class CommitRecord:
     rows: int
     """Valid rows: those of the shard's clips that were not skipped."""
     object_bytes: int
-    object_crc32c: str
-    """Of the whole object, 8 hex digits."""
+    object_xxh3: str
+    """XXH3 (64 bits) of the whole object, 16 hex digits. Not CRC32C: of data that ends in its own CRC32C, as every chunk does, that is a constant."""
     sum: np.ndarray
     """float64 [d], over the valid rows as stored."""
     sum_sq_norm: float
@@ -457,7 +458,7 @@ class ActivationStore:
             shard=shard,
             rows=valid,
             object_bytes=0 if encoded is None else len(encoded),
-            object_crc32c=crc32c(encoded or b""),
+            object_xxh3=xxhash.xxh3_64_hexdigest(encoded or b""),
             sum=total,
             sum_sq_norm=sq_norm,
             skipped=tuple(skipped),
@@ -525,8 +526,8 @@ class ActivationStore:
             return f"object can't be read: {error.strerror}"
         if len(data) != record.object_bytes:
             return f"object has {len(data)} bytes, its record says {record.object_bytes}"
-        if crc32c(data) != record.object_crc32c:
-            return "object's CRC32C is not that of its record"
+        if xxhash.xxh3_64_hexdigest(data) != record.object_xxh3:
+            return "object's XXH3 is not that of its record"
         return None
 
     def repair(self) -> list[Damage]:

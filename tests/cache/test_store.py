@@ -134,6 +134,17 @@ def test_verify_names_the_bad_object_and_repair_makes_room_for_it(store, damage)
     assert not list(store.path.rglob(".*.tmp"))
 
 
+def test_objects_of_two_shards_that_changed_places_are_noticed(tmp_path):
+    store = fill_store(tmp_path / "acts.zarr", plan_of([1.0, 1.0], chunk_rows=64, shard_rows=64), {"encoder.blocks.0": 4}, rows_of)
+    first, second = (store.path / "encoder.blocks.0" / "c" / shard / "0" for shard in "01")
+    a, b = first.read_bytes(), second.read_bytes()
+    assert a != b and len(a) == len(b)
+    first.write_bytes(b)
+    second.write_bytes(a)
+    _, bad = ActivationStore.open(store.path).verify()
+    assert [(damage.shard, damage.reason) for damage in bad] == [(shard, "object's XXH3 is not that of its record") for shard in (0, 1)]
+
+
 def test_create_continues_its_own_store_and_refuses_any_other(store):
     plan = plan_of(SECONDS, chunk_rows=256, shard_rows=2048)
     site = Site("encoder.blocks.0.attn", "frame", 16, 9)
