@@ -135,7 +135,7 @@ def test_verify_names_the_bad_object_and_repair_makes_room_for_it(store, damage)
 
 
 def test_objects_of_two_shards_that_changed_places_are_noticed(tmp_path):
-    store = fill_store(tmp_path / "acts.zarr", plan_of([1.0, 1.0], chunk_rows=64, shard_rows=64), {"encoder.blocks.0": 4}, rows_of)
+    store = fill_store(tmp_path / "acts.zarr", plan_of([1.0, 1.0], chunk_rows=64, shard_rows=64), {"encoder.blocks.0": 16}, rows_of)
     first, second = (store.path / "encoder.blocks.0" / "c" / shard / "0" for shard in "01")
     a, b = first.read_bytes(), second.read_bytes()
     assert a != b and len(a) == len(b)
