@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Any torch that pip can find will do; this release is the one that is tested.
 TORCH ?= torch==2.13.0
 READY := .venv/.ready
+# Without the slow ones a few minutes; PYTEST_ARGS='-m "not gpu"' runs those too, as .ci/run does.
+PYTEST_ARGS ?= -m "not slow"
 
 demo: $(READY)
 	.venv/bin/hearsae demo
