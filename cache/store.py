@@ -152,8 +152,11 @@ class ActivationStore:
     # Opening and creating
 
     @classmethod
-    def open(cls, path: str | Location) -> "ActivationStore":
-        """Opens an existing store. Raises StoreError if there is none at `path`."""
+    def open(cls, path: str | Location, patience: float = 0.0) -> "ActivationStore":
+        """Opens an existing store. patience: seconds to wait for one that is still to be made. Raises StoreError if there is none at `path`."""
+        until = time.monotonic() + patience
+        while time.monotonic() < until and not (location(path) / FILE).exists():
+            time.sleep(min(0.5, patience))
         return cls(path, read_header(location(path)))
 
     @classmethod

@@ -431,11 +431,7 @@ def check_config(config: TrainConfig) -> None:
 
 def _open_stores(config: TrainConfig) -> list[ActivationStore]:
     """Following, waits for each to be made."""
-    until = time.monotonic() + config.follow_timeout
-    for path in config.store:
-        while config.follow and not (path / "zarr.json").exists() and time.monotonic() < until:
-            time.sleep(0.2)
-    return [ActivationStore.open(path) for path in config.store]
+    return [ActivationStore.open(path, patience=config.follow_timeout if config.follow else 0.0) for path in config.store]
 
 
 def lanes_of_run(config: TrainConfig, workers: int) -> int:

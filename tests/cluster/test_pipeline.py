@@ -235,6 +235,14 @@ def test_a_scan_that_follows_gives_the_bytes_of_one_that_waited(tmp_path, capsys
     assert contents(tmp_path / "live") == contents(tmp_path / "after")
 
 
+def test_a_follower_waits_for_the_store_too(tmp_path):
+    made = threading.Thread(target=lambda: (time.sleep(1), growing(tmp_path / "acts.zarr", [0, 1, 2, 3, 4], pause=0).join()))
+    made.start()
+    assert main(scan_command(tmp_path / "acts.zarr", f"neurons:{SITE}", tmp_path / "live", "--no-ray", "--follow")) == 0
+    made.join()
+    assert main(scan_command(tmp_path / "none.zarr", f"neurons:{SITE}", tmp_path / "none", "--no-ray", "--follow", "--follow-timeout", "0.3")) == 1
+
+
 def test_a_follower_gives_up_where_nothing_comes(tmp_path, capsys):
     growing(tmp_path / "acts.zarr", [0, 1, 2, 3, 4], pause=0).join()
     ActivationStore.open(tmp_path / "acts.zarr")._record_path(SITE, 3).unlink()
