@@ -3,6 +3,7 @@
 Settings come from the usual environment; docs/store.md lists it. Nothing here is pickled or sent anywhere: another process opens its own.
 """
 
+import json
 import os
 import random
 import re
@@ -204,7 +205,7 @@ def _is_unreachable(error: BaseException) -> bool:
 
 def open_bucket(scheme: str, name: str) -> Bucket:
     """The bucket, as the environment says; the same one as long as the environment stays. Raises RemoteError without credentials."""
-    relevant = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith(("AWS_", "GOOGLE_", "STORAGE_EMULATOR"))))
+    relevant = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith(("AWS_", "GOOGLE_", "STORAGE_EMULATOR", "NO_GCE"))))
     return _open_bucket(scheme, name, relevant)
 
 
@@ -233,8 +234,9 @@ def _s3_settings(bucket: str, env: dict[str, str]) -> dict[str, Any]:
         names = {"access_key_id": "aws_access_key_id", "secret_access_key": "aws_secret_access_key", "session_token": "aws_session_token"}
         return settings | {ours: profile[theirs] for ours, theirs in names.items() if profile.get(theirs)}
     others = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
-    in_the_cloud = env.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true" and _answers(env.get("AWS_METADATA_ENDPOINT", METADATA_ADDRESS))
-    if any(env.get(name) for name in others) or in_the_cloud:
+    if any(env.get(name) for name in others):
+        return settings
+    if env.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true" and _answers(env.get("AWS_METADATA_ENDPOINT", METADATA_ADDRESS)):
         return settings
     raise RemoteError(
         f"there are no credentials for s3://{bucket}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE to a profile that has "
@@ -260,16 +262,20 @@ def _aws_profile(env: dict[str, str]) -> dict[str, str]:
 def _gcs_settings(bucket: str, env: dict[str, str]) -> dict[str, Any]:
     if env.get("STORAGE_EMULATOR_HOST"):
         host = env["STORAGE_EMULATOR_HOST"]
-        return {"base_url": host if "://" in host else f"http://{host}", "skip_signature": True}
+        url = host if "://" in host else f"http://{host}"
+        key = {"gcs_base_url": url, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+        return {"base_url": url, "service_account_key": json.dumps(key)}
     known = ("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_SERVICE_ACCOUNT_KEY",
              "GOOGLE_BEARER_TOKEN", "GOOGLE_SKIP_SIGNATURE")  # fmt: skip
     own = Path("~/.config/gcloud/application_default_credentials.json").expanduser()
-    if not any(env.get(name) for name in known) and not own.is_file() and not _answers(METADATA_ADDRESS):
-        raise RemoteError(
-            f"there are no credentials for gs://{bucket}: set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account, or "
-            "GOOGLE_SKIP_SIGNATURE=true for a public bucket"
-        )
-    return {}
+    if any(env.get(name) for name in known) or own.is_file():
+        return {}
+    if env.get("NO_GCE_CHECK", "").lower() != "true" and _answers(METADATA_ADDRESS):
+        return {}
+    raise RemoteError(
+        f"there are no credentials for gs://{bucket}: set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account, or "
+        "GOOGLE_SKIP_SIGNATURE=true for a public bucket"
+    )
 
 
 def _answers(url: str) -> bool:

@@ -16,7 +16,7 @@ import torch
 from cache.audio import Source, load_clip, open_source
 from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import FRAME_SECONDS, Header
-from cache.location import Location
+from cache.location import Location, reach
 from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
 from cache.plan import Plan, make_plan
 from cache.sites import Site, match_sites
@@ -132,6 +132,7 @@ def plan_capture(config: CaptureConfig, model: LoadedModel) -> tuple[Source, Pla
 
 def prepare(config: CaptureConfig) -> Prepared:
     """Plans, and creates the store or continues it. Raises HearsaeError where the run can't be what it was before."""
+    reach(config.out)
     model = load_model(config.model, "cpu")
     source, plan, sites = plan_capture(config, model)
     header = Header(model.header(), source.describe(), plan.axes, plan.summary(), dtype=config.dtype, codec=config.codec)

@@ -136,7 +136,7 @@ def _readable(file: File, first: int) -> Iterator[Any]:
         yield file
         return
     try:
-        fetched = RemoteFile(file, first)
+        fetched = RemoteFile(file, first, raises=False)
     except FileNotFoundError:
         raise SourceError("there is no such file") from None
     try:

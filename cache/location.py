@@ -143,12 +143,16 @@ def location(spec: str | Path | RemotePath) -> Location:
 class RemoteFile(io.RawIOBase):
     """An object as a file for reading that can be sought in. Its first bytes stay in memory; of the rest, what was read last.
 
-    A library that calls it from C may swallow what it raises: `error` keeps it.
+    `error` keeps what went wrong, for a caller whose library reads from C and can't let exceptions through.
     """
 
-    def __init__(self, path: RemotePath, first: int = READ_AHEAD) -> None:
-        """first: bytes fetched at once, with the size. Raises FileNotFoundError if there is no such object."""
+    def __init__(self, path: RemotePath, first: int = READ_AHEAD, raises: bool = True) -> None:
+        """first: bytes fetched at once, with the size. raises: False ends the file where reading fails, and leaves the rest to `error`.
+
+        Raises FileNotFoundError if there is no such object.
+        """
         self.path = path
+        self._raises = raises
         self.error: BaseException | None = None
         self._start, self._size = path.store.get_start(path.key, first)
         self._block, self._block_start = b"", 0
@@ -173,9 +177,11 @@ class RemoteFile(io.RawIOBase):
             return 0
         try:
             data = self._fetch(self._position, wanted)
-        except BaseException as error:
+        except Exception as error:
             self.error = error
-            raise
+            if self._raises:
+                raise
+            return 0
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -212,6 +218,12 @@ def put(path: Location, data: bytes | memoryview) -> None:
             raise
     except OSError as error:
         raise StoreError(f"can't write {path}: {error.strerror or error}") from error
+
+
+def reach(path: Location) -> None:
+    """Raises RemoteError if `path` is in an object store that can't be used. To be asked before there is work to lose."""
+    if isinstance(path, RemotePath):
+        path.is_dir()
 
 
 def names_below(folder: Location) -> Iterator[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Union, get_args
+from typing import Any, get_args
 
 COMMANDS = {
     "demo": ("Demo", "the whole story on the embedded speech, ending with a page to open"),
@@ -130,27 +130,30 @@ def _constructors() -> Any:
     import tyro
     from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-    from cache.location import RemotePath, location
+    from cache.errors import HearsaeError
+    from cache.location import Location, RemotePath, location
 
     registry = tyro.constructors.ConstructorRegistry()
 
     @registry.primitive_rule
-    def either(info: PrimitiveTypeInfo) -> Any:
-        if RemotePath not in get_args(info.type):
+    def path(info: PrimitiveTypeInfo) -> Any:
+        kinds = set(get_args(info.type) or (info.type,))
+        if Path not in kinds or not kinds <= {Path, RemotePath, type(None)}:
             return None
-        others = tuple(kind for kind in get_args(info.type) if kind is not RemotePath)
-        without: Any = Union[others]  # noqa: UP007 - of a tuple
-        return registry.get_primitive_spec(PrimitiveTypeInfo.make(without, info.markers))
 
-    @registry.primitive_rule
-    def one(info: PrimitiveTypeInfo) -> Any:
-        if info.type is not Path:
-            return None
+        def parse(arguments: list[str]) -> Location | None:
+            if arguments == ["None"] and type(None) in kinds:
+                return None
+            place = location(arguments[0])
+            if not isinstance(place, tuple(kinds)):
+                raise HearsaeError(f"'{place}' can't be used there: give a path of this machine")
+            return place
+
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="PATH",
-            instance_from_str=lambda arguments: location(arguments[0]),
-            is_instance=lambda value: isinstance(value, Path | RemotePath),
+            metavar="{None}|PATH" if type(None) in kinds else "PATH",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, tuple(kinds)),
             str_from_instance=lambda value: [str(value)],
         )
 

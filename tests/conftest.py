@@ -1,14 +1,16 @@
 """Shared parts: real stores with made-up rows, micro's speech, and the optional assets (real speech, real Whisper weights)."""
 
 import io
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from s3_server import S3, running_s3
 from whisper.model import AudioEncoder, ModelDimensions, Whisper
 
 from cache import micro
@@ -94,3 +96,25 @@ def write_tiny_whisper(path: Path, encoder_only: bool = False, seed: int = 0, **
     torch.save({"dims": vars(full), "model_state_dict": weights}, data)
     path.write_bytes(data.getvalue())
     return path
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[S3]:
+    with running_s3() as server:
+        yield server
+
+
+_buckets = itertools.count()
+
+
+@pytest.fixture
+def s3(_s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """An S3 server on loopback that this process's environment names, and no other; `s3.bucket` is a new bucket."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "STORAGE_EMULATOR"))]:
+        monkeypatch.delenv(name)
+    for name, value in _s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    _s3_server.bucket = f"bucket{next(_buckets)}"
+    _s3_server.make_bucket(_s3_server.bucket)
+    _s3_server.forget()
+    return _s3_server

@@ -17,7 +17,7 @@ import threading
 import time
 import xml.sax.saxutils
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -35,13 +35,19 @@ class S3:
 
     def __init__(self, upstream: tuple[str, int], seed: int) -> None:
         self.upstream = upstream
+        self.bucket = ""
         self.faults: dict[str, float] = {}
         """Fault -> part of the requests that it befalls."""
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         """`GET`, `PUT`, `HEAD`, ... and `LIST`."""
+        self.log: list[tuple[str, str]] = []
+        """Method and path of each request, in the order in which they came."""
+        self.bytes_sent = 0
+        self.refuses: Callable[[str, str], bool] = lambda method, path: False
+        """Requests (method, path) that are answered with 403, as by a policy."""
         self.refuses_other_keys = True
-        self._random = random.Random(seed)
+        self._seed, self._random = seed, random.Random(seed)
         self._lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Proxy,), {"s3": self}))
         self.server.daemon_threads = True
@@ -61,6 +67,14 @@ class S3:
             "NO_PROXY": "127.0.0.1",
         }
 
+    def forget(self) -> None:
+        """Starts to count and to behave anew."""
+        self.faults, self.log, self.bytes_sent, self.refuses_other_keys = {}, [], 0, True
+        self.refuses = lambda method, path: False
+        self._random.seed(self._seed)
+        self.injected.clear()
+        self.requests.clear()
+
     def make_bucket(self, name: str) -> None:
         connection = http.client.HTTPConnection(*self.upstream)
         connection.request("PUT", f"/{name}", headers={"Content-Length": "0"})
@@ -70,6 +84,7 @@ class S3:
     def draw(self, method: str, target: str) -> str:
         """The fault that befalls this request, if any."""
         with self._lock:
+            self.log.append((method, target))
             self.requests["LIST" if method == "GET" and "list-type=" in target else method] += 1
             number = self._random.random()
             for fault, share in self.faults.items():
@@ -101,6 +116,9 @@ class _Proxy(BaseHTTPRequestHandler):
         if self.s3.refuses_other_keys and f"Credential={S3.KEY}/" not in self.headers.get("Authorization", ""):
             self._answer_error(403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records.")
             return
+        if self.s3.refuses(self.command, self.path):
+            self._answer_error(403, "AccessDenied", "Access Denied")
+            return
         fault = self.s3.draw(self.command, self.path)
         if fault == "500":
             self._answer_error(500, "InternalError", "We encountered an internal error. Please try again.")
@@ -115,9 +133,9 @@ class _Proxy(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes, fault: str) -> None:
         connection = http.client.HTTPConnection(*self.s3.upstream)
-        connection.request(
-            self.command, self.path, body, {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
-        )
+        headers = {"Authorization": f"AWS4-HMAC-SHA256 Credential={S3.KEY}/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"}
+        headers |= {name: value for name, value in self.headers.items() if name.lower() not in ("connection", "expect")}
+        connection.request(self.command, self.path, body, headers)
         answer = connection.getresponse()
         data = answer.read()
         connection.close()
@@ -133,6 +151,7 @@ class _Proxy(BaseHTTPRequestHandler):
                 self.send_header(name, value)
         self.send_header("Content-Length", length)
         self.end_headers()
+        self.s3.bytes_sent += len(data)
         self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
         self.wfile.flush()
         if fault == "cut":
