@@ -153,9 +153,12 @@ class ActivationStore:
 
     @classmethod
     def open(cls, path: str | Location, patience: float = 0.0) -> "ActivationStore":
-        """Opens an existing store. patience: seconds to wait for one that is still to be made. Raises StoreError if there is none at `path`."""
+        """Opens an existing store. patience: seconds to wait for one that is still to be made: for its header, and its sites.
+
+        Raises StoreError if there is none at `path`.
+        """
         until = time.monotonic() + patience
-        while time.monotonic() < until and not (location(path) / FILE).exists():
+        while time.monotonic() < until and not ((location(path) / FILE).exists() and read_header(location(path)).sites):
             time.sleep(min(0.5, patience))
         return cls(path, read_header(location(path)))
 

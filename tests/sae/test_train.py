@@ -1,12 +1,15 @@
 """Training: it finds what is there, and a run that was stopped goes on as if it had not been."""
 
 import json
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import plan_of
 from planted_rows import D_IN, FEATURES, OFFSET, OTHER, PER_ROW, SITE, planted_features, planted_store
 from safetensors.torch import load_file
 
@@ -221,3 +224,25 @@ def test_the_threshold_keeps_k_per_row(planted):
     sae = trainee.dictionary(rows=512)
     smallest = select_batch_topk((x @ sae.W_enc).detach(), 512 * PER_ROW).value.min()
     assert float(sae.threshold) == pytest.approx(float(smallest), rel=1e-4)
+
+
+def test_following_waits_for_a_store_that_is_being_made(planted, tmp_path):
+    store = tmp_path / "acts.zarr"
+    settings = {"follow": True, "rows": 256 * 4, "follow_timeout": 60.0}
+
+    def make() -> None:
+        time.sleep(0.3)
+        plan = plan_of([20.0] * 15, chunk_rows=512, shard_rows=2048)
+        assert plan.summary() == planted.header.plan
+        ActivationStore.create(store, replace(planted.header, sites={}), plan, [])
+        time.sleep(0.3)
+        planted_store(store)
+
+    maker = threading.Thread(target=make)
+    maker.start()
+    (live,) = train(replace(config_for(planted, tmp_path / "live", **settings), store=(store,)))
+    maker.join()
+    (later,) = train(config_for(planted, tmp_path / "later", **settings))
+    assert (live.fvu, live.rows) == (later.fvu, later.rows)
+    with pytest.raises(HearsaeError, match="there is no activation store at"):
+        train(replace(config_for(planted, tmp_path / "never", **settings), store=(tmp_path / "never.zarr",), follow_timeout=0.3))
