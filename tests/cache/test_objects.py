@@ -119,6 +119,11 @@ def test_files_are_read_where_they_are_read(s3):
         file.seek(1_500_000)
         assert file.read(100) == data[1_500_000:1_500_100]
     assert s3.bytes_sent < 1_000_000
+    with (root(s3) / "file").open("rb") as file, pytest.raises(RemoteError, match="AccessDenied"):
+        s3.refuses = lambda method, path: True
+        file.seek(2_000_000)
+        file.read(1)
+    s3.forget()
     put(root(s3) / "empty", b"")
     with (root(s3) / "empty").open("rb") as file:
         assert file.read() == b""
@@ -400,7 +405,8 @@ def test_names_in_metadata_do_not_lead_out(s3):
     s3.forget()
     items = list(source.items())
     assert [item.source for item in items if isinstance(item, SourceItem)] == ["in.wav"]
-    assert len([item for item in items if isinstance(item, SkippedSource)]) == 4
+    reasons = {item.source: item.reason for item in items if isinstance(item, SkippedSource)}
+    assert len(reasons) == 4 and all("leads out" in reasons[name] for name in ("../../outside.wav", "/outside.wav"))
     assert not any("outside" in path for _, path in s3.log)
     with pytest.raises(SourceError, match="leads out"):
         source.read("../../outside.wav", 0, 0.0, 100)
