@@ -7,12 +7,15 @@ dies, the commit records in the store say what is left to do. A worker that dies
 import pickle
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from cache import micro
 from cache.capture import CaptureConfig, Decoder, ShardAudio, ShardResult, Worker
 from cache.errors import HearsaeError
+from cache.model import model_names
 from cluster.workers import WorkerOptions, import_ray, session
 
 BLOCKS = 4000
@@ -100,6 +103,7 @@ def capture_shards(config: CaptureConfig, shards: Sequence[int], options: PoolOp
 def _on_ray(config: CaptureConfig, shards: Sequence[int], options: PoolOptions) -> Iterator[ShardResult | HearsaeError]:
     ray = import_ray()
     data = _ray_data()
+    config = _from_anywhere(config)
     pool = options.pool(ray.cluster_resources(), len(shards), uses_gpu=config.device != "cpu")
     ledger = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Ledger).remote()
     pending = data.from_items([{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), BLOCKS))
@@ -115,6 +119,15 @@ def _on_ray(config: CaptureConfig, shards: Sequence[int], options: PoolOptions) 
     )
     for batch in done.iter_batches(batch_size=None, prefetch_batches=0):
         yield from map(pickle.loads, batch["result"])
+
+
+def _from_anywhere(config: CaptureConfig) -> CaptureConfig:
+    """The same with full paths: workers of a cluster start in another folder."""
+
+    def full(name: str, known: Sequence[str]) -> str:
+        return str(Path(name).absolute()) if name not in known and Path(name).exists() else name
+
+    return replace(config, out=config.out.absolute(), dataset=full(config.dataset, [micro.NAME]), model=full(config.model, model_names()))
 
 
 class _Decode:

@@ -137,7 +137,7 @@ def price_text(result: dict[str, Any]) -> str:
         "alone here (--workers for another number); starting Ray and loading models comes on top",
     ]
     if result["price"]:
-        lines.append(f"price: {result['price']:.2f}, for {result['workers']} x {duration(result['estimated_seconds'])}")
+        lines.append(f"price: {result['price']:.3g}, for {result['workers']} x {duration(result['estimated_seconds'])}")
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from typing import Any
 
 from cache.errors import HearsaeError
 
+CONNECT_SECONDS = 10
 OBJECT_STORE_BYTES = 512 << 20
 """Of an embedded Ray: only small results travel through it."""
 
@@ -67,6 +70,7 @@ def import_ray() -> Any:
 
 
 def _start(ray: Any, options: WorkerOptions) -> None:
+    _refuse_silence(options.address)
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if options.address is None:
         cores = max((options.workers or 0) * getattr(options, "cpus_per_worker", 1), len(os.sched_getaffinity(0)))
@@ -77,6 +81,16 @@ def _start(ray: Any, options: WorkerOptions) -> None:
     except Exception as error:  # of many kinds, and a bare one where a node takes too long to start
         where = f"the Ray cluster at {options.address} can't be reached" if options.address else "an embedded Ray can't be started here"
         raise HearsaeError(f"{where} ({str(error).splitlines()[0]}); --no-ray works in this process") from error
+
+
+def _refuse_silence(address: str | None) -> None:
+    """Raises HearsaeError if nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address or "")
+    if found:
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise HearsaeError(f"nobody answers at {address} ({error}): give the address that 'ray start' printed on the head, HOST:6379") from error
 
 
 @contextmanager

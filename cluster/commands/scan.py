@@ -48,7 +48,7 @@ def run_scan(
     """Scans on workers and returns the summary that `--json` prints. follow: wait so many seconds for each next shard of a growing store."""
     start = time.perf_counter()
     kept = ScanOptions(**{field.name: getattr(options, field.name) for field in fields(ScanOptions)})
-    store = ActivationStore.open(store_path, patience=follow or 0.0)
+    store = ActivationStore.open(store_path.absolute(), patience=follow or 0.0)
 
     def mapper(function: Callable[[int], ShardScan], shards: Iterable[int]) -> Iterable[ShardScan]:
         with tqdm(total=total(shards), desc="scan", unit="shard", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:

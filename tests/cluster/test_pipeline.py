@@ -276,7 +276,9 @@ def captured_with_metrics(folder: str) -> dict[str, float]:
 
     with session(TWO):
         ray = import_ray()
-        assert main(cache_command(Path(folder), Path(folder) / "acts.zarr", "--workers", "2")) == 0
+        os.chdir(folder)  # workers are elsewhere: relative paths must reach them all the same
+        assert main(cache_command(Path(), Path("acts.zarr"), "--workers", "2")) == 0
+        assert main(scan_command(Path("acts.zarr"), f"neurons:{SITE}", Path("scan"), "--workers", "2")) == 0
         port = ray.nodes()[0]["MetricsExportPort"]
         for _ in range(60):
             time.sleep(1)
