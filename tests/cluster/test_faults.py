@@ -1,7 +1,6 @@
 """Full disks, flipped bytes, killed drivers, two drivers at once: the store ends as if nothing had happened, byte for byte."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -177,12 +176,13 @@ def kill_the_driver(inputs: str, out: str, how: list[str], kills: int, seed: int
         before = committed_files(store)
         process = subprocess.Popen(hearsae(*cache_arguments(inputs, out, *how)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if len(grew) < kills:
-            # Of the kills, some come while it starts and plans, the others once it captures: so it gets on, and not to the end.
-            wanted = len(before) + 1 if len(grew) % 3 else 0
+            # Of the kills, some come while it starts and plans, the others once it has committed something more: so it gets on, and not to the end.
+            wanted = len(before) + random.randint(1, 2 * 3 * CLIPS // (kills + 2)) if len(grew) % 3 else 0
             while process.poll() is None and len(committed_files(store)) < wanted:
-                time.sleep(0.005)
-            time.sleep(random.uniform(0, 0.4 if wanted else 4))
-            os.kill(process.pid, signal.SIGKILL)
+                time.sleep(0.001)
+            if not wanted:
+                time.sleep(random.uniform(0, 1.5))
+            process.kill()
         said, complained = process.communicate()
         after = committed_files(store)
         rewritten += [name for name, stamp in before.items() if after.get(name) != stamp]
@@ -273,11 +273,22 @@ def test_a_file_that_is_gone_is_named_and_made_again(inputs, small_store, tmp_pa
 # Two drivers
 
 
-def start_two(inputs: str, out: str, how: list[str], apart: float) -> list[tuple[int, str, str]]:
-    drivers = []
-    for _ in range(2):
-        drivers.append(subprocess.Popen(hearsae(*cache_arguments(inputs, out, *how)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        time.sleep(apart)
+def start_two(inputs: str, out: str, how: list[str], apart: bool) -> list[tuple[int, str, str]]:
+    """Two drivers at once; or the second while the first, which has committed something, is held until the second has begun."""
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen(hearsae(*cache_arguments(inputs, out, *how)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    drivers = [start()]
+    if apart:
+        while drivers[0].poll() is None and not committed_files(Path(out)):
+            time.sleep(0.001)
+        drivers[0].send_signal(signal.SIGSTOP)
+    drivers.append(start())
+    if apart:
+        while drivers[1].poll() is None and len(list(Path(out).glob("runs/*.json"))) < 2:
+            time.sleep(0.001)
+        drivers[0].send_signal(signal.SIGCONT)
     said = [driver.communicate() for driver in drivers]
     return [(driver.returncode, *texts) for driver, texts in zip(drivers, said, strict=True)]
 
@@ -285,9 +296,9 @@ def start_two(inputs: str, out: str, how: list[str], apart: float) -> list[tuple
 @pytest.mark.parametrize(
     ("how", "apart"),
     [
-        pytest.param(("--no-ray",), 0.0, id="in-process-at-once"),
-        pytest.param(("--no-ray",), 1.5, id="in-process-apart"),
-        pytest.param(("--workers", "1"), 1.0, id="ray", marks=[pytest.mark.cluster, pytest.mark.slow]),
+        pytest.param(("--no-ray",), False, id="in-process-at-once"),
+        pytest.param(("--no-ray",), True, id="in-process-apart"),
+        pytest.param(("--workers", "1"), True, id="ray", marks=[pytest.mark.cluster, pytest.mark.slow]),
     ],
 )
 def test_two_drivers_on_one_store_do_no_harm(inputs, undisturbed, tmp_path, how, apart):
