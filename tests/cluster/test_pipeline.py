@@ -267,6 +267,31 @@ def test_a_basis_that_needs_all_rows_does_not_follow(tmp_path, capsys):
     assert main(command) == 0
 
 
+# A cluster that grows
+
+
+def captured_while_it_grows(out: str) -> list[int]:
+    """How many capture workers there were at each shard that was done; a node of two cores joins after the third."""
+    config = CaptureConfig("micro", "micro", ("encoder.blocks.2",), Path(out), split="train", chunk_rows=64, shard_rows=384, device="cpu")
+    pending = list(prepare(config).pending)
+    workers = []
+    with netns.cluster(1, cpus=1) as cluster:
+        for _ in capture_shards(config, pending, PoolOptions(address=cluster.address, workers=3)):
+            workers.append(sum(command.startswith("ray::MapWorker") for command in descendants(1).values()))
+            if len(workers) == 3:
+                cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+    assert len(workers) == len(pending)
+    return workers
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_pool_grows_with_the_cluster(tmp_path):
+    workers = netns.call(captured_while_it_grows, tmp_path / "acts.zarr", timeout=240)
+    assert workers[:3] == [1, 1, 1] and max(workers) == 3
+    assert ActivationStore.open(tmp_path / "acts.zarr").verify() == (len(workers), [])
+
+
 # Metrics
 
 
