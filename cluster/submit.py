@@ -26,6 +26,7 @@ OTHER_PORTS = {6379: "Ray's GCS", 10001: "the Ray Client"}
 """Ports of a head node that people take for the dashboard's."""
 CONNECT_SECONDS = 10
 POLL_SECONDS = 1.0
+DELETE_LOOKS = 3
 EXCLUDED = ("*.zarr/", "*.egg-info/", "hearsae-demo/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/")
 """Never shipped, beside what Ray leaves out itself (.git, .venv, __pycache__ and what .gitignore names)."""
 NOT_FOR_JOBS = ("submit", "jobs")
@@ -155,9 +156,14 @@ class JobServer:
             return bool(self._client.stop_job(job))
 
     def delete(self, job: str) -> bool:
-        """Forgets a job that has ended."""
+        """Forgets a job that has ended. Of one that has just been stopped, Ray may write down once more that it was: that goes too."""
         with self._explained(job):
-            return bool(self._client.delete_job(job))
+            deleted = bool(self._client.delete_job(job))
+            for _ in range(DELETE_LOOKS):
+                time.sleep(POLL_SECONDS)
+                if any(found.submission_id == job for found in self._client.list_jobs()):
+                    self._client.delete_job(job)
+        return deleted
 
     def wait(self, job: str) -> Job:
         """Until the job has ended."""
