@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -270,26 +271,45 @@ def test_a_basis_that_needs_all_rows_does_not_follow(tmp_path, capsys):
 # A cluster that grows
 
 
-def captured_while_it_grows(out: str) -> list[int]:
-    """How many capture workers there were at each shard that was done; a node of two cores joins after the third."""
+def capture_workers() -> list[int]:
+    """The processes of the capture workers."""
+    return [process for process, command in descendants(1).items() if command.startswith("ray::MapWorker")]
+
+
+def captured_while_it_grows(out: str) -> dict[str, int]:
+    """How many capture workers there were before a node of two cores joined and after; the first one stands still until they are there."""
     config = CaptureConfig("micro", "micro", ("encoder.blocks.2",), Path(out), split="train", chunk_rows=64, shard_rows=384, device="cpu")
     pending = list(prepare(config).pending)
-    workers = []
+    seen = {"shards": 0, "before": 0, "after": 0}
+
+    def watch(first: list[int]) -> None:
+        deadline = time.monotonic() + 180
+        while seen["after"] < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            seen["after"] = max(seen["after"], len(capture_workers()))
+        for worker in first:
+            os.kill(worker, signal.SIGCONT)
+
     with netns.cluster(1, cpus=1) as cluster:
         for _ in capture_shards(config, pending, PoolOptions(address=cluster.address, workers=3)):
-            workers.append(sum(command.startswith("ray::MapWorker") for command in descendants(1).values()))
-            if len(workers) == 3:
+            seen["shards"] += 1
+            if seen["shards"] == 3:
+                first = capture_workers()
+                seen["before"] = len(first)
+                for worker in first:
+                    os.kill(worker, signal.SIGSTOP)  # or it might be done with everything before another has started
                 cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
-    assert len(workers) == len(pending)
-    return workers
+                threading.Thread(target=watch, args=(first,)).start()
+    assert seen["shards"] == len(pending)
+    return seen
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_the_pool_grows_with_the_cluster(tmp_path):
-    workers = netns.call(captured_while_it_grows, tmp_path / "acts.zarr", timeout=240)
-    assert workers[:3] == [1, 1, 1] and max(workers) == 3
-    assert ActivationStore.open(tmp_path / "acts.zarr").verify() == (len(workers), [])
+    seen = netns.call(captured_while_it_grows, tmp_path / "acts.zarr", timeout=300)
+    assert (seen["before"], seen["after"]) == (1, 3)
+    assert ActivationStore.open(tmp_path / "acts.zarr").verify() == (seen["shards"], [])
 
 
 # Metrics
