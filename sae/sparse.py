@@ -57,10 +57,13 @@ Select = Callable[[Tensor], SparseRows]
 # Which values are kept
 
 
-def select_above(pre: Tensor, threshold: float) -> SparseRows:
-    """The values greater than max(threshold, 0). pre: float32 [rows, d_sae]."""
-    bound = max(threshold, 0.0)
-    return _from_flat(_above(pre.flatten(), bound), pre)
+def select_above(pre: Tensor, threshold: Tensor | float) -> SparseRows:
+    """The values greater than the threshold and 0. pre: float32 [rows, d_sae]; threshold: one, or [d_sae]."""
+    if isinstance(threshold, Tensor) and threshold.ndim:
+        index = (pre > threshold.clamp(min=0.0)).flatten().nonzero()[:, 0]
+    else:
+        index = _above(pre.flatten(), max(float(threshold), 0.0))
+    return _from_flat(index, pre)
 
 
 def select_topk(pre: Tensor, k: int) -> SparseRows:

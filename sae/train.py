@@ -28,7 +28,7 @@ from cache.model import choose_device, fast_matmul
 from cache.store import ActivationStore, SiteStats
 from sae.checkpoint import Checkpoint, State, load_checkpoint, refuse_difference, save_checkpoint
 from sae.log import open_log
-from sae.models import Dictionary, SaeConfig
+from sae.models import Centre, Dictionary, SaeConfig
 from sae.ranks import ALONE, Ranks
 from sae.sparse import SparseRows, autoencode, select_above, select_batch_topk, select_batch_topk_of_ranks, select_topk
 from sae.stream import RowStream
@@ -482,7 +482,7 @@ def _finish(
 ) -> list[RunResult]:
     for folder, trainee, end in zip(folders, trainees, ends, strict=True):
         site = trainee.sae.config.site
-        trainee.dictionary(rows=end.position).folded(stats[site].mean, scale[site]).save(folder)
+        trainee.dictionary(rows=end.position).folded(Centre.of(stats[site].mean, scale[site])).save(folder)
     results = [_result(folder, trainee, end) for folder, trainee, end in zip(folders, trainees, ends, strict=True)]
     put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
     for path in (config.out / RUN, *(folder / CHECKPOINT for folder in folders)):
