@@ -108,7 +108,7 @@ def select_batch_topk(pre: Tensor, n: int) -> SparseRows:
     for every in dict.fromkeys((max(1, len(pre) // BOUND_SAMPLE_ROWS), 1)):
         sample = pre[::every]
         wanted = n if every == 1 else int(n * len(sample) / len(pre) * BOUND_SLACK) + 1
-        state = torch.tensor([0, wanted], dtype=torch.int32, device=pre.device)
+        state = _search(wanted, pre.device)
         _refine(sample, state, *DIGITS[0])
         below = (state[:1].clamp(min=0) << DIGITS[0][0]) - 1  # the bits of the next smaller value than any with this digit
         codes = select_above(pre, below.clamp(min=0).view(torch.float32)[0])
@@ -117,8 +117,15 @@ def select_batch_topk(pre: Tensor, n: int) -> SparseRows:
     return codes if len(codes.value) <= n else _cut(codes, n)
 
 
+def _search(wanted: int, device: torch.device) -> Tensor:
+    """The state of a search for the `wanted`-th largest value: int32 (its digits so far, its place among the values that have them)."""
+    state = torch.zeros(2, dtype=torch.int32, device=device)
+    state[1:].fill_(wanted)  # a tensor made from a list would be copied to the device, and waited for
+    return state
+
+
 def _refine(values: Tensor, state: Tensor, shift: int, width: int) -> None:
-    """Appends a digit of the wanted value to `state`: int32 (the digits so far, its place among the values that have them)."""
+    """Appends the next digit of the wanted value to the state of its search. values: [rows, columns]."""
     from sae import triton_programs as programs
 
     counts = torch.zeros(1 << width, dtype=torch.int32, device=values.device)
@@ -134,7 +141,7 @@ def _cut(codes: SparseRows, n: int) -> SparseRows:
     from sae import triton_programs as programs
 
     nnz, device = len(codes.value), codes.value.device
-    state = torch.tensor([0, n], dtype=torch.int32, device=device)
+    state = _search(n, device)
     for shift, width in DIGITS:
         _refine(codes.value[None], state, shift, width)
     blocks = nnz // CUT_BLOCK + 1  # of nnz + 1 places: the last one says how many there are
@@ -227,7 +234,10 @@ def _by_latent(codes: SparseRows, d_sae: int) -> _ByLatent:
 def _sum_by_latent(
     by_latent: _ByLatent, weight: Tensor, matrix: Tensor, bounds: Tensor, scale: float, with_weight_sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """(scale * sums of weight * matrix[g(latent), row] [d_sae, d], sums of weight [d_sae]). weight: [nnz] as in the codes; matrix: [groups, rows, d]."""
+    """(scale * sums of weight * matrix[g(latent), row] [d_sae, d], sums of weight [d_sae]).
+
+    weight: [nnz], in the order of the codes. matrix: [groups, rows, d].
+    """
     from sae import triton_programs as programs
 
     n_groups, n_rows, d = matrix.shape

@@ -6,17 +6,13 @@ Sums are made in a fixed order and no float is added atomically, so a result dep
 import triton
 import triton.language as tl
 
-
 # Which values are kept
 
 
 @triton.jit
 def _bound(threshold, column, d_sae, PER_LATENT: tl.constexpr):
     """What a value must exceed: its latent's threshold or the one of all, at least 0."""
-    if PER_LATENT:
-        bound = tl.load(threshold + column, mask=column < d_sae, other=0.0)
-    else:
-        bound = tl.load(threshold)
+    bound = tl.load(threshold + column, mask=column < d_sae, other=0.0) if PER_LATENT else tl.load(threshold)
     return tl.maximum(bound, 0.0)
 
 
@@ -51,7 +47,7 @@ def write_above(
 
 @triton.jit
 def count_digits(x, row_stride, n_columns, state, counts, SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, block of columns): adds to counts [2^WIDTH] how many positive values have which digit, of those whose higher bits are `state[0]`."""
+    """Program (row, block of columns): adds to counts [2^WIDTH] how many values have which digit, of positive ones with higher bits `state[0]`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + row * row_stride + column, mask=column < n_columns, other=0.0).to(tl.float32)
@@ -92,7 +88,10 @@ def count_at_cut(value, nnz, state, larger, equal, BLOCK: tl.constexpr):
 
 @triton.jit
 def write_to_cut(latent, value, nnz, state, larger, larger_ends, equal, equal_ends, new_latent, new_value, before, BLOCK: tl.constexpr):
-    """Program (block of entries): writes those larger than the cut and the first `state[1]` equal to it. before [nnz + 1]: how many stand before each."""
+    """Program (block of entries): writes those larger than the cut and the first `state[1]` equal to it.
+
+    before: int32 [nnz + 1], how many of those that are written stand before each entry.
+    """
     block = tl.program_id(0)
     entry = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(value + entry, mask=entry < nnz, other=0.0)
@@ -134,10 +133,10 @@ def forward_error(
         found = at * 0 + ENTRIES
         while found == ENTRIES:  # entries are sorted by latent: the first chunk that is not full ends the group
             entry = at + tl.arange(0, ENTRIES)
-            l = tl.load(latent + entry, mask=entry < last, other=bound)
-            here = l < bound
+            own = tl.load(latent + entry, mask=entry < last, other=bound)
+            here = own < bound
             v = tl.load(value + entry, mask=here, other=0.0)
-            w = tl.load(W_dec + l.to(tl.int64)[:, None] * d_out + column[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+            w = tl.load(W_dec + own.to(tl.int64)[:, None] * d_out + column[None, :], mask=here[:, None] & inside[None, :], other=0.0)
             e -= tl.sum(v[:, None] * w, 0)
             found = tl.sum(here.to(tl.int32), 0)
             at += found
@@ -153,9 +152,9 @@ def forward_error(
         found = at * 0 + ENTRIES
         while found == ENTRIES:
             entry = at + tl.arange(0, ENTRIES)
-            l = tl.load(latent + entry, mask=entry < last, other=bound)
-            here = l < bound
-            w = tl.load(W_dec + l.to(tl.int64)[:, None] * d_out + column[None, :], mask=here[:, None] & inside[None, :], other=0.0)
+            own = tl.load(latent + entry, mask=entry < last, other=bound)
+            here = own < bound
+            w = tl.load(W_dec + own.to(tl.int64)[:, None] * d_out + column[None, :], mask=here[:, None] & inside[None, :], other=0.0)
             tl.store(d_value + part.to(tl.int64) * nnz + entry, -2.0 * tl.sum(w * E_g[None, :], 1), mask=here)
             found = tl.sum(here.to(tl.int32), 0)
             at += found
@@ -213,10 +212,13 @@ def sum_latents(
         own = _of_group(matrix, latent, bounds, n_groups, n_rows, d, GROUPS)
         total += _weighted_rows(row, weight, own, first, last, column, d, COLUMNS, ENTRIES)
     else:
-        for piece in range(tl.load(first_piece + latent), tl.load(first_piece + latent + 1)):
-            total += tl.load(pieces + piece.to(tl.int64) * d + column, mask=column < d, other=0.0)
+        piece, end = tl.load(first_piece + latent), tl.load(first_piece + latent + 1)
+        at_piece = pieces + piece.to(tl.int64) * d + column
+        for _ in range(piece, end):
+            total += tl.load(at_piece, mask=column < d, other=0.0)
+            at_piece += d
     tl.store(out + latent.to(tl.int64) * d + column, scale * total, mask=column < d)
-    if WEIGHT_SUMS:
+    if WEIGHT_SUMS:  # noqa: SIM102 (decided when this is compiled, unlike the other)
         if part == 0:
             lane_sums = tl.zeros((COLUMNS,), tl.float32)
             for at in range(first, last, COLUMNS):

@@ -1,0 +1,239 @@
+"""Every function of `sae/triton_kernels.py` equals its plain twin. Run by `test_triton_kernels.py`, in Triton's interpreter or on a GPU.
+
+Apart from the other tests because Triton decides once, when it is imported, whether it interprets.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae.sparse import BOUND_SAMPLE_ROWS, SparseRows, select_batch_topk_plain
+from sae.triton_kernels import (
+    CUT_BLOCK,
+    ENTRIES,
+    PIECE,
+    TILE,
+    TILES,
+    adam_rows,
+    forward_error,
+    select_above,
+    select_batch_topk,
+    square_norms,
+    weight_gradients,
+)
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def assert_same(codes: SparseRows, expected: SparseRows) -> None:
+    for ours, theirs in zip(codes, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def codes_of(dense: Tensor) -> SparseRows:
+    """The positive values of [rows, d_sae]."""
+    row, latent = dense.nonzero(as_tuple=True)
+    start = torch.searchsorted(row, torch.arange(len(dense) + 1, device=DEVICE)).int()
+    return SparseRows(start, latent.int(), dense[row, latent].float())
+
+
+# Which values are kept
+
+
+@pytest.mark.parametrize("shape", [(5, 384), (7, 24), (3, TILE * TILES + 52), (1, TILE), (0, 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.5, -1.0, 100.0])
+def test_values_above_a_threshold_are_kept(shape, dtype, threshold):
+    pre = normal(*shape).to(dtype)
+    pre[1:2] = -1.0
+    expected = codes_of(torch.where(pre > max(threshold, 0.0), pre, 0.0))
+    assert_same(select_above(pre, torch.tensor(threshold, device=DEVICE)), expected)
+
+
+def test_each_latent_may_have_its_own_threshold():
+    pre, threshold = normal(9, 300), normal(300, seed=1)
+    assert_same(select_above(pre, threshold), codes_of(torch.where(pre > threshold.clamp(min=0.0), pre, 0.0)))
+
+
+def test_rows_may_lie_apart_in_memory():
+    pre = normal(10, 400)[::3, :100]
+    assert_same(select_above(pre, torch.tensor(0.2, device=DEVICE)), codes_of(torch.where(pre > 0.2, pre, 0.0)))
+
+
+def pre_of(kind: str) -> Tensor:
+    rows = 2 * BOUND_SAMPLE_ROWS if "sample" in kind else 30
+    pre = normal(rows, 70, seed=1)
+    odd = torch.arange(rows, device=DEVICE)[:, None] % 2
+    return {
+        "normal": pre,
+        "strong rows that a sample misses": pre * (1 + 100.0 * odd),
+        "strong rows of which a sample is full": pre * (100.0 - 99 * odd),
+        "many ties": (pre * 2).round(),
+        "all equal": torch.ones_like(pre),
+        "nearly all negative": pre - 2.5,
+        "none positive": -pre.abs(),
+        "very small and infinite": torch.where(pre > 2, torch.inf, pre * 1e-40),
+        "not a number": torch.where(pre < 0, torch.nan, pre),
+        "one row": pre[:1],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "normal",
+        "strong rows that a sample misses",
+        "strong rows of which a sample is full",
+        "many ties",
+        "all equal",
+        "nearly all negative",
+        "none positive",
+        "very small and infinite",
+        "not a number",
+        "one row",
+    ],
+)
+def test_the_largest_values_of_the_batch_are_kept(kind):
+    pre = pre_of(kind)
+    for k in (4,) if "sample" in kind else (1, 8, 70):
+        plain = select_batch_topk_plain(pre.nan_to_num(-1.0, posinf=torch.inf), k * len(pre))
+        assert_same(select_batch_topk(pre, k * len(pre)), plain)
+
+
+def test_any_number_of_equal_values_may_be_kept():
+    pre = torch.ones(3, 500, device=DEVICE)
+    for n in (0, 1, 700, CUT_BLOCK, CUT_BLOCK + 1, 1499, 1500, 1501):
+        assert_same(select_batch_topk(pre, n), select_batch_topk_plain(pre, n))
+
+
+def test_batch_topk_of_bfloat16():
+    pre = normal(40, 90).bfloat16()
+    assert_same(select_batch_topk(pre, 200), select_batch_topk_plain(pre.float(), 200))
+
+
+# Decoding and gradients
+
+
+def sparse_values(rows: int, d_sae: int) -> Tensor:
+    """[rows, d_sae] with empty rows, full ones, latents that never fire, one that always does, and as many entries as a chunk has."""
+    z = normal(rows, d_sae, seed=2).abs()
+    z *= torch.rand(rows, d_sae, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.2
+    z[:, 3] = 1.5
+    z[0] = 0.0
+    z[2] = 1.0
+    z[4] = 0.0
+    z[4, : ENTRIES + 2] = 2.0
+    z[:, 5:7] = 0.0
+    return z
+
+
+CASES = {
+    # rows, d_in, d_sae, d_out, bounds
+    "one width": (13, 24, 40, 24, [40]),
+    "384 columns": (6, 384, 30, 384, [30]),
+    "another width out than in": (9, 40, 33, 150, [33]),
+    "more rows than one piece of a latent": (PIECE * 2 + 5, 24, 10, 24, [10]),
+    "a latent that fires as often as a piece is long": (PIECE + 1, 24, 10, 24, [10]),  # row 0 is empty
+    "prefixes, some as long as one or two chunks": (11, 24, 50, 24, [7, 7 + ENTRIES, 7 + 3 * ENTRIES, 50]),
+    "prefixes, one without entries": (9, 24, 30, 130, [1, 4, 30]),
+    "prefixes that only few rows reach": (11, 24, 20, 24, [2, 5, 6, 7, 20]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_errors_and_gradients_equal_those_of_the_dense_formula(case):
+    rows, d_in, d_sae, d_out, ends = CASES[case]
+    x, y, mask = normal(rows, d_in), normal(rows, d_out, seed=1), sparse_values(rows, d_sae) > 0
+    shapes = [(d_in, d_sae), (d_sae,), (d_sae, d_out), (d_out,)]
+    W_enc, b_enc, W_dec, b_dec = (normal(*shape, seed=4 + i) for i, shape in enumerate(shapes))
+    bounds, weights = torch.tensor(ends, dtype=torch.int32, device=DEVICE), torch.linspace(0.3, 1.0, len(ends), device=DEVICE)
+
+    exact = [parameter.double().requires_grad_() for parameter in (W_enc, b_enc, W_dec, b_dec)]
+    pre = (x.double() @ exact[0] + exact[1]) * mask
+    pre.retain_grad()
+    e = torch.stack([y.double() - exact[3] - pre[:, :end] @ exact[2][:end] for end in ends])
+    loss = (weights.double() * e.square().sum((1, 2))).sum()
+    loss.backward()
+
+    row, latent = mask.nonzero(as_tuple=True)
+    codes = SparseRows(torch.searchsorted(row, torch.arange(rows + 1, device=DEVICE)).int(), latent.int(), pre.detach()[row, latent].float())
+    residuals = forward_error(codes, W_dec, b_dec, y, bounds, weights)
+    gradients = weight_gradients(codes, residuals.d_value, residuals.E, bounds, x, d_sae)
+
+    assert residuals.errors.dtype == torch.float64
+    suffix_sums = (weights.double()[:, None, None] * e).flip(0).cumsum(0).flip(0)
+    d_W_enc, d_b_enc, d_W_dec, d_b_dec = (parameter.grad for parameter in exact)
+    for ours, theirs in [
+        (residuals.errors, e.square().sum((1, 2))),
+        (residuals.e_last, e[-1]),
+        (residuals.E, suffix_sums),
+        (residuals.d_value, pre.grad[row, latent]),
+        (gradients.d_W_dec, d_W_dec),
+        (gradients.d_W_enc_T, d_W_enc.t()),
+        (gradients.d_b_enc, d_b_enc),
+        (-2 * residuals.E[0].sum(0), d_b_dec),
+    ]:
+        assert ours.shape == theirs.shape
+        assert (ours.double() - theirs).norm() <= 2e-6 * theirs.norm()
+    never = ~mask.any(0)
+    assert never.sum() == 2
+    assert not gradients.d_W_dec[never].any() and not gradients.d_W_enc_T[never].any() and not gradients.d_b_enc[never].any()
+
+
+def test_without_any_code_the_bias_is_the_reconstruction():
+    codes, bounds = codes_of(torch.zeros(4, 10, device=DEVICE)), torch.tensor([3, 10], dtype=torch.int32, device=DEVICE)
+    y, b_dec = normal(4, 24), normal(24, seed=1)
+    residuals = forward_error(codes, normal(10, 24, seed=2), b_dec, y, bounds, torch.ones(2, device=DEVICE))
+    gradients = weight_gradients(codes, residuals.d_value, residuals.E, bounds, y, 10)
+    torch.testing.assert_close(residuals.e_last, y - b_dec)
+    torch.testing.assert_close(residuals.E[0], 2 * (y - b_dec))
+    assert len(residuals.d_value) == 0
+    assert all(not gradient.any() and gradient.isfinite().all() for gradient in gradients)
+
+
+# The optimiser
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (3, 384), (2, 1280), (1500,)])
+def test_adam_is_that_of_torch(shape):
+    parameter = normal(*shape)
+    twin = parameter.clone().requires_grad_()
+    optimizer = torch.optim.Adam([twin], lr=0.01, betas=(0.8, 0.99))
+    exp_avg, exp_avg_sq = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    clip = torch.tensor([0.25], device=DEVICE)
+    for step in (1, 2, 3):
+        gradient = normal(*shape, seed=step)
+        twin.grad = gradient * clip
+        optimizer.step()
+        adam_rows(parameter, gradient, exp_avg, exp_avg_sq, step=step, lr=0.01, betas=(0.8, 0.99), gradient_scale=clip)
+        torch.testing.assert_close(parameter, twin.detach(), rtol=1e-6, atol=1e-6)
+    moments = optimizer.state[twin]
+    torch.testing.assert_close((exp_avg, exp_avg_sq), (moments["exp_avg"], moments["exp_avg_sq"]), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("d", [24, 384])
+@pytest.mark.parametrize(("tangent", "unit"), [(True, True), (True, False), (False, True)])
+def test_adam_of_unit_rows(d, tangent, unit):
+    parameter = torch.nn.functional.normalize(normal(6, d), dim=1)
+    before, gradient = parameter.clone(), normal(6, d, seed=1)
+    twin = parameter.clone().requires_grad_()
+    projected = gradient - (gradient * before).sum(1, keepdim=True) * before if tangent else gradient
+    twin.grad = projected * 0.5
+    optimizer = torch.optim.Adam([twin], lr=0.05)
+    optimizer.step()
+    expected = torch.nn.functional.normalize(twin.detach(), dim=1) if unit else twin.detach()
+
+    untouched, moments = gradient.clone(), (torch.zeros_like(parameter), torch.zeros_like(parameter))
+    scale = torch.tensor(0.5, device=DEVICE)
+    adam_rows(parameter, gradient, *moments, step=1, lr=0.05, gradient_scale=scale, tangent=tangent, unit=unit)
+    torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moments[0], optimizer.state[twin]["exp_avg"], rtol=1e-5, atol=1e-7)
+    assert torch.equal(gradient, untouched)
+    torch.testing.assert_close(square_norms(gradient, before if tangent else None), projected.square().sum(1))
