@@ -110,7 +110,7 @@ def select_batch_topk(pre: Tensor, n: int) -> SparseRows:
         wanted = n if every == 1 else int(n * len(sample) / len(pre) * BOUND_SLACK) + 1
         state = _search(wanted, pre.device)
         _refine(sample, state, *DIGITS[0])
-        below = (state[:1].clamp(min=0) << DIGITS[0][0]) - 1  # the bits of the next smaller value than any with this digit
+        below = (state[:1] << DIGITS[0][0]) - 1  # the bits of the largest value that is smaller than any with this digit
         codes = select_above(pre, below.clamp(min=0).view(torch.float32)[0])
         if len(codes.value) >= n:
             break

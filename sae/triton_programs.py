@@ -47,33 +47,31 @@ def write_above(
 
 @triton.jit
 def count_digits(x, row_stride, n_columns, state, counts, SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Program (row, block of columns): adds to counts [2^WIDTH] how many values have which digit, of positive ones with higher bits `state[0]`."""
+    """Program (row, block of columns): adds to counts [2^WIDTH] how many values have which digit, of those whose higher bits are `state[0]`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + row * row_stride + column, mask=column < n_columns, other=0.0).to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
     counted = (value > 0) & ((bits >> (SHIFT + WIDTH)) == tl.load(state))
-    digit = tl.where(counted, (bits >> SHIFT) & ((1 << WIDTH) - 1), 0)
-    others = BLOCK - tl.sum(counted.to(tl.int32), 0)  # they went to digit 0
-    bin = tl.arange(0, 1 << WIDTH)
-    found = tl.histogram(digit, 1 << WIDTH) - tl.where(bin == 0, others, 0)
-    tl.atomic_add(counts + bin, found, mask=found > 0)
+    # The others count as digit 0: where a search ends there, it is because the larger digits are too few.
+    found = tl.histogram(tl.where(counted, (bits >> SHIFT) & ((1 << WIDTH) - 1), 0), 1 << WIDTH)
+    digit = tl.arange(0, 1 << WIDTH)
+    tl.atomic_add(counts + digit, found, mask=found > 0, sem="relaxed")
 
 
 @triton.jit
 def choose_digit(counts, state, WIDTH: tl.constexpr):
     """One program: appends to `state[0]` the digit of the `state[1]`-th largest value, and makes `state[1]` its place among those of this digit.
 
-    With fewer values than that, the digit is -1.
+    With fewer values than that, the digit is 0.
     """
-    bin = tl.arange(0, 1 << WIDTH)
-    count = tl.load(counts + bin)
+    digit = tl.arange(0, 1 << WIDTH)
+    count = tl.load(counts + digit)
     at_least = tl.cumsum(count, 0, reverse=True)  # how many have this digit or a larger one
     prefix, wanted = tl.load(state), tl.load(state + 1)
-    digit = tl.sum((at_least >= wanted).to(tl.int32), 0) - 1
-    larger = tl.sum(tl.where(bin > digit, count, 0), 0)
-    tl.store(state, (prefix << WIDTH) + digit)
-    tl.store(state + 1, wanted - larger)
+    chosen = tl.max(tl.where(at_least >= wanted, digit, 0), 0)
+    tl.store(state, (prefix << WIDTH) + chosen)
+    tl.store(state + 1, wanted - tl.sum(tl.where(digit > chosen, count, 0), 0))
 
 
 @triton.jit

@@ -187,6 +187,13 @@ def test_errors_and_gradients_equal_those_of_the_dense_formula(case):
     assert not gradients.d_W_dec[never].any() and not gradients.d_W_enc_T[never].any() and not gradients.d_b_enc[never].any()
 
 
+def test_two_latents_that_just_need_a_second_piece():
+    z, E, x = normal(PIECE + 1, 2).abs(), normal(1, PIECE + 1, 24, seed=1), normal(PIECE + 1, 24, seed=2)
+    codes, bounds = codes_of(z), torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    gradients = weight_gradients(codes, codes.value, E, bounds, x, 2)
+    torch.testing.assert_close(tuple(gradients), (-2 * z.t() @ E[0], z.t() @ x, z.sum(0)), rtol=1e-5, atol=1e-4)
+
+
 def test_without_any_code_the_bias_is_the_reconstruction():
     codes, bounds = codes_of(torch.zeros(4, 10, device=DEVICE)), torch.tensor([3, 10], dtype=torch.int32, device=DEVICE)
     y, b_dec = normal(4, 24), normal(24, seed=1)
