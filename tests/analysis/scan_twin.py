@@ -9,7 +9,7 @@ import torch
 from analysis.grid import BINS, bin_edges
 from analysis.scan import ScanOptions
 from cache.store import ActivationStore
-from sae.models import Dictionary, SaeConfig
+from sae.models import Centre, Dictionary, SaeConfig
 
 SITE = "encoder.blocks.0"
 
@@ -81,5 +81,5 @@ def save_sae(folder: Path, d_in: int = 16, d_sae: int = 48, site: str = SITE, mo
     dictionary = Dictionary(SaeConfig("batchtopk", d_in, d_sae, k=4, site=site, model_sha256=model_sha256))
     dictionary.init_parameters(torch.Generator().manual_seed(0))
     dictionary.threshold.fill_(1.0)
-    dictionary.folded(np.arange(d_in, dtype=np.float64), 1.0).save(folder)
+    dictionary.folded(Centre.of(np.arange(d_in, dtype=np.float64), 1.0)).save(folder)
     return folder
