@@ -6,8 +6,8 @@ CUDA device; without one it says so and exits with 1. sparsify takes part if `pi
 - All train on the same rows with Adam, unit decoder norms, the radial gradient removed and dead latents tracked, and read the loss in every
   step, as their trainers do. No latent is declared dead within the measurement, so nobody computes an AuxK loss.
 - `batchtopk` keeps the k * batch largest values of the batch, `topk` the k largest of each row, which is what sparsify has. sparsify computes
-  its forward pass under bfloat16 autocast; it is measured like that and without the autocast, in float32 as the others. Only ours and the
-  dense one clip gradients.
+  its forward pass under bfloat16 autocast, ours the encoder's product; both are measured like that (`bf16`) and in float32 (`fp32`, which on
+  a GPU may mean TF32: the precision in force is printed). Only ours and the dense one clip gradients.
 - Contenders take turns, some steps each, and the median of the rounds is given. "of peak": the floating-point operations that a step can't
   do without (2 * d_in * (d_sae + 4 * k) a row: the encoder, and decoding and three gradients of the kept values) per second, as a part of
   what a large product of square matrices of the same precision reaches on the same card.
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from cache.model import fast_matmul
 from sae.models import Dictionary, SaeConfig
-from sae.train import TrainConfig, Trainee
+from sae.train import TrainConfig
+from sae.trainee import Trainee
 
 Step = Callable[[Tensor], float]
 """Trains on rows [batch, d_in] and returns the loss."""
@@ -42,10 +43,9 @@ SQUARE = 8192
 """Width of the matrices whose product says what the card can do."""
 
 
-def hearsae(arch: str, d_in: int, d_sae: int, k: int, batch: int, device: torch.device) -> Step:
-    trainee = Trainee(SaeConfig(arch, d_in, d_sae, k), TrainConfig(store=(), site=(), out=Path(), dead_after=NEVER), device)
-    buffer = torch.empty(batch * d_sae, device=device)
-    return lambda x: trainee.step(x, 1.0, buffer)
+def hearsae(arch: str, precision: str, d_in: int, d_sae: int, k: int, batch: int, device: torch.device) -> Step:
+    recipe = TrainConfig(store=(), site=(), out=Path(), dead_after=NEVER, precision=precision)
+    return Trainee(SaeConfig(arch, d_in, d_sae, k), recipe, device).step
 
 
 def dense(d_in: int, d_sae: int, k: int, batch: int, device: torch.device) -> Step:
@@ -102,11 +102,14 @@ def sparsify(bfloat16: bool, d_in: int, d_sae: int, k: int, batch: int, device: 
 
 def contenders(*size: int, device: torch.device) -> dict[str, tuple[torch.dtype, Step]]:
     """By name: (precision of its products, step). size: d_in, d_sae, k, batch."""
-    made = {f"hearsae {arch}": (torch.float32, hearsae(arch, *size, device)) for arch in ("batchtopk", "topk")}
-    made["dense PyTorch batchtopk"] = (torch.float32, dense(*size, device))
+    made: dict[str, tuple[torch.dtype, Step]] = {}
+    for arch in ("batchtopk", "topk"):
+        for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            made[f"hearsae {arch}, {precision}"] = (dtype, hearsae(arch, precision, *size, device))
+    made["dense PyTorch batchtopk, fp32"] = (torch.float32, dense(*size, device))
     if importlib.util.find_spec("sparsify"):
-        made["sparsify topk, float32"] = (torch.float32, sparsify(False, *size, device))
-        made["sparsify topk, bfloat16"] = (torch.bfloat16, sparsify(True, *size, device))
+        made["sparsify topk, fp32"] = (torch.float32, sparsify(False, *size, device))
+        made["sparsify topk, bf16"] = (torch.bfloat16, sparsify(True, *size, device))
     return made
 
 
@@ -173,7 +176,7 @@ def main() -> int:
             flop = 2 * args.d_in * (d_sae + 4 * args.k) * args.batch
             for name, taken in measure(steps_of, batches, args.rounds, args.steps).items():
                 of_peak = flop / taken / peak[steps_of[name][0]]
-                print(f"d_sae {d_sae:6}  {name:24} {args.batch / taken:13,.0f} rows/s  {1000 * taken:8.2f} ms a step  {of_peak:6.1%} of peak")
+                print(f"d_sae {d_sae:6}  {name:30} {args.batch / taken:13,.0f} rows/s  {1000 * taken:8.2f} ms a step  {of_peak:6.1%} of peak")
             del steps_of
             torch.cuda.empty_cache()
     return 0

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae.sparse import BOUND_SAMPLE_ROWS, BOUND_SLACK, DIGITS, SparseRows
+from sae.selection import BOUND_SAMPLE_ROWS, BOUND_SLACK, DIGITS, SparseRows
 
 TILE = 256
 """Columns that are counted together in a selection: at d_sae 49152 and k 32 five of six tiles keep nothing and are read once only."""
@@ -74,18 +74,18 @@ def is_available() -> bool:
 
 
 def select_above(pre: Tensor, threshold: Tensor) -> SparseRows:
-    """The values greater than max(threshold, 0). Twin: `sae.sparse.select_above`, with a threshold for each latent as well.
+    """The values greater than max(threshold, 0). Twin: `sae.selection.select_plain` with `Above`.
 
-    pre: float32 or bfloat16 [rows, d_sae], with columns side by side in memory. threshold: float32 [] or [d_sae], on the same device.
+    pre: float32 or bfloat16 [rows, d_sae], with columns side by side in memory. threshold: float32 [], [d_sae] or [rows, 1], on the same device.
     Counts in tiles, sums up, writes: `pre` is read once, and again where something is kept.
     """
     from sae import triton_programs as programs
 
     rows, d_sae = pre.shape
-    assert pre.stride(1) == 1, "the columns of pre-activations must lie side by side"
+    assert pre.stride(1) == 1 and threshold.is_contiguous(), "the columns of pre-activations, and thresholds, must lie side by side"
     n_tiles = -(-d_sae // TILE)
     grid = (rows, -(-n_tiles // TILES))
-    shape = {"PER_LATENT": threshold.dim() == 1, "TILE": TILE, "TILES": TILES}
+    shape = {"PER_ROW": threshold.dim() == 2, "PER_LATENT": threshold.dim() == 1, "TILE": TILE, "TILES": TILES}
     counts = torch.empty(rows, n_tiles, dtype=torch.int32, device=pre.device)
     with _device_of(pre):
         programs.count_above[grid](pre, pre.stride(0), d_sae, threshold, counts, n_tiles, **shape)
@@ -98,10 +98,29 @@ def select_above(pre: Tensor, threshold: Tensor) -> SparseRows:
     return SparseRows(start, latent, value)
 
 
+def select_topk(pre: Tensor, k: int) -> SparseRows:
+    """The k largest positive values of each row; of equal values at the cut those of the first latents.
+
+    Twin: `select_plain` with `TopK`. pre: as in `select_above`. PyTorch finds the k-th value; where others equal it, the last ones are dropped.
+    """
+    cut = pre.topk(k, sorted=False).values.float().amin(1, keepdim=True)
+    codes = select_above(pre, (cut.view(torch.int32).clamp(min=1) - 1).view(torch.float32))  # above the next smaller value
+    number = codes.start.diff()
+    if not len(number) or int(number.max()) <= k:
+        return codes
+    equal = codes.value == cut[:, 0].repeat_interleave(number, output_size=len(codes.value))
+    equal_before = F.pad(equal.cumsum(0, dtype=torch.int32), (1, 0))
+    of_rows = equal_before[codes.start.long()]
+    allowed = k - (number - of_rows.diff()) + of_rows[:-1]  # how many equal ones may stand before the end of each row, with those of earlier rows
+    kept = ~equal | (equal_before[1:] <= allowed.repeat_interleave(number, output_size=len(equal)))
+    start = F.pad(kept.cumsum(0, dtype=torch.int32), (1, 0))[codes.start.long()]
+    return SparseRows(start, codes.latent[kept], codes.value[kept])
+
+
 def select_batch_topk(pre: Tensor, n: int) -> SparseRows:
     """The n largest positive values of the batch; of equal values at the cut those of the first rows and latents.
 
-    Twin: `sae.sparse.select_batch_topk_plain`. pre: as in `select_above`.
+    Twin: `select_plain` with `BatchTopK`. pre: as in `select_above`.
     A histogram of the highest digit in a sample of the rows gives a bound that is probably low enough; where it was not, that of all rows
     gives one that surely is. What lies above it, little more than n values, is then cut down by all digits.
     """
@@ -187,27 +206,12 @@ def forward_error(codes: SparseRows, W_dec: Tensor, b_dec: Tensor, y: Tensor, bo
     return Residuals(square_errors.sum((1, 2), dtype=torch.float64), e_last, E, d_value[0] if n_parts == 1 else d_value.sum(0))
 
 
-def weight_gradients(codes: SparseRows, d_pre: Tensor, E: Tensor, bounds: Tensor, x_centred: Tensor, d_sae: int) -> WeightGradients:
-    """The gradients of the weights, in sums over the entries of each latent l (with their rows r):
+class LatentOrder(NamedTuple):
+    """The entries of codes in the order of latents, which both weight gradients sum over."""
 
-        d_W_dec[l] = -2 * sum of value * E_g(l)[r]        d_W_enc_T[l] = sum of d_pre * x_centred[r]        d_b_enc[l] = sum of d_pre
-
-    Latents without entries have zeros. Always in the same order, so the same inputs give the same bits. Twin: dense products with the
-    codes as a [rows, d_sae] matrix.
-
-    d_pre: float32 [nnz], gradient with respect to the pre-activation of each entry. E, bounds: as from `forward_error`.
-    x_centred: float32 [rows, d_in], contiguous: what W_enc was multiplied with.
-    """
-    by_latent = _by_latent(codes, d_sae)
-    d_W_dec, _ = _sum_by_latent(by_latent, codes.value, E, bounds, scale=-2.0, with_weight_sums=False)
-    d_W_enc_T, d_b_enc = _sum_by_latent(by_latent, d_pre, x_centred[None], bounds[-1:], scale=1.0, with_weight_sums=True)
-    return WeightGradients(d_W_dec, d_W_enc_T, d_b_enc)
-
-
-class _ByLatent(NamedTuple):
     start: Tensor
     """int32 [d_sae + 1]: the entries of latent l are `start[l]:start[l + 1]`."""
-    order: Tensor
+    entry: Tensor
     """int64 [nnz]: where in the codes each entry stands."""
     row: Tensor
     """int32 [nnz]"""
@@ -217,45 +221,62 @@ class _ByLatent(NamedTuple):
     """int32 [the most pieces that there can be]; d_sae where there is none."""
 
 
-def _by_latent(codes: SparseRows, d_sae: int) -> _ByLatent:
-    nnz, device = len(codes.latent), codes.latent.device
-    latent, order = codes.latent.sort(stable=True)
-    start = torch.searchsorted(latent, torch.arange(d_sae + 1, dtype=torch.int32, device=device), out_int32=True)
-    rows = torch.arange(len(codes.start) - 1, dtype=torch.int32, device=device)
-    row = torch.repeat_interleave(rows, codes.start.diff(), output_size=nnz)[order]
-    number = start.diff()
+def latent_order(start: Tensor, latent: Tensor, d_sae: int) -> LatentOrder:
+    """Of the codes with this `start` and `latent`. Within a latent rows ascend."""
+    nnz, device = len(latent), latent.device
+    in_order, entry = latent.sort(stable=True)
+    bounds = torch.searchsorted(in_order, torch.arange(d_sae + 1, dtype=torch.int32, device=device), out_int32=True)
+    rows = torch.arange(len(start) - 1, dtype=torch.int32, device=device)
+    row = torch.repeat_interleave(rows, start.diff(), output_size=nnz)[entry]
+    number = bounds.diff()
     pieces = torch.where(number > PIECE, (number + PIECE - 1) // PIECE, 0)
     first_piece = F.pad(pieces.cumsum(0, dtype=torch.int32), (1, 0))
     most = 2 * nnz // PIECE  # n > PIECE entries make less than n / PIECE + 1 pieces
     piece = torch.arange(most, dtype=torch.int32, device=device)
-    return _ByLatent(start, order, row, first_piece, torch.searchsorted(first_piece[1:], piece, right=True, out_int32=True))
+    return LatentOrder(bounds, entry, row, first_piece, torch.searchsorted(first_piece[1:], piece, right=True, out_int32=True))
 
 
-def _sum_by_latent(
-    by_latent: _ByLatent, weight: Tensor, matrix: Tensor, bounds: Tensor, scale: float, with_weight_sums: bool
+def sum_by_latent(
+    order: LatentOrder, factor: Tensor, matrix: Tensor, bounds: Tensor | None = None, scale: float = 1.0, factor_sums: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(scale * sums of weight * matrix[g(latent), row] [d_sae, d], sums of weight [d_sae]).
+    """(scale * sums over each latent's entries of factor * matrix[row] [d_sae, d], sums of factor [d_sae], not set without `factor_sums`).
 
-    weight: [nnz], in the order of the codes. matrix: [groups, rows, d].
+    factor: float32 [nnz], in the order of the codes. matrix: float32 [rows, d], or [groups, rows, d], of which a latent takes that of the
+    first group with bounds[group] > latent. Contiguous. Always in the same order, so the same inputs give the same bits.
+    Twin: a dense product with the factors as a [d_sae, rows] matrix.
     """
     from sae import triton_programs as programs
 
+    if bounds is None:
+        matrix, bounds = matrix[None], order.start[-1:]  # one group: where it ends is not looked at
     n_groups, n_rows, d = matrix.shape
     _check_contiguous(matrix=matrix)
-    d_sae, n_pieces, n_parts = len(by_latent.start) - 1, len(by_latent.latent_of_piece), -(-d // COLUMNS)
-    weight = weight[by_latent.order]
-    out, weight_sums, pieces = matrix.new_empty(d_sae, d), matrix.new_empty(d_sae), matrix.new_empty(n_pieces, d)
-    start, first_piece, row = by_latent.start, by_latent.first_piece, by_latent.row
+    d_sae, n_pieces, n_parts = len(order.start) - 1, len(order.latent_of_piece), -(-d // COLUMNS)
+    factor = factor[order.entry]
+    total, sums, pieces = matrix.new_empty(d_sae, d), matrix.new_empty(d_sae), matrix.new_empty(n_pieces, d)
+    inputs = (order.start, order.row, factor, matrix, bounds, order.first_piece)
     shape = {"GROUPS": _power_of_two(n_groups), "PIECE": PIECE, "COLUMNS": COLUMNS, "ENTRIES": ENTRIES}
     with _device_of(matrix):
-        programs.sum_pieces[(n_pieces, n_parts)](
-            start, row, weight, matrix, bounds, first_piece, by_latent.latent_of_piece, pieces, n_rows, d, d_sae, n_groups, **shape, num_warps=1
-        )
+        programs.sum_pieces[(n_pieces, n_parts)](*inputs, order.latent_of_piece, pieces, n_rows, d, d_sae, n_groups, **shape, num_warps=1)
         programs.sum_latents[(d_sae, n_parts)](
-            start, row, weight, matrix, bounds, first_piece, pieces, out, weight_sums, n_rows, d, n_groups, scale,
-            WEIGHT_SUMS=with_weight_sums, **shape, num_warps=1,
-        )  # fmt: skip
-    return out, weight_sums
+            *inputs, pieces, total, sums, n_rows, d, n_groups, scale, FACTOR_SUMS=factor_sums, **shape, num_warps=1
+        )
+    return total, sums
+
+
+def weight_gradients(codes: SparseRows, d_pre: Tensor, E: Tensor, bounds: Tensor, x_centred: Tensor, d_sae: int) -> WeightGradients:
+    """The gradients of the weights, in sums over the entries of each latent l (with their rows r):
+
+        d_W_dec[l] = -2 * sum of value * E_g(l)[r]        d_W_enc_T[l] = sum of d_pre * x_centred[r]        d_b_enc[l] = sum of d_pre
+
+    Latents without entries have zeros. Twin: dense products with the codes as a [rows, d_sae] matrix.
+
+    d_pre: float32 [nnz], gradient with respect to the pre-activation of each entry. E, bounds: as from `forward_error`.
+    x_centred: float32 [rows, d_in], contiguous: what W_enc was multiplied with.
+    """
+    order = latent_order(codes.start, codes.latent, d_sae)
+    d_W_dec, _ = sum_by_latent(order, codes.value, E, bounds, scale=-2.0)
+    return WeightGradients(d_W_dec, *sum_by_latent(order, d_pre, x_centred, factor_sums=True))
 
 
 # The optimiser

@@ -10,27 +10,35 @@ import triton.language as tl
 
 
 @triton.jit
-def _bound(threshold, column, d_sae, PER_LATENT: tl.constexpr):
-    """What a value must exceed: its latent's threshold or the one of all, at least 0."""
-    bound = tl.load(threshold + column, mask=column < d_sae, other=0.0) if PER_LATENT else tl.load(threshold)
+def _bound(threshold, row, column, d_sae, PER_ROW: tl.constexpr, PER_LATENT: tl.constexpr):
+    """What a value must exceed: the threshold of its row, of its latent, or the one of all; at least 0."""
+    if PER_LATENT:
+        bound = tl.load(threshold + column, mask=column < d_sae, other=0.0)
+    elif PER_ROW:
+        bound = tl.load(threshold + row)
+    else:
+        bound = tl.load(threshold)
     return tl.maximum(bound, 0.0)
 
 
 @triton.jit
-def count_above(pre, row_stride, d_sae, threshold, counts, n_tiles, PER_LATENT: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+def count_above(
+    pre, row_stride, d_sae, threshold, counts, n_tiles, PER_ROW: tl.constexpr, PER_LATENT: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
+):
     """Program (row, group of tiles): how many values each tile of TILE columns keeps. counts: int32 [rows, n_tiles]."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
     x = tl.load(pre + row * row_stride + column, mask=column < d_sae, other=0.0).to(tl.float32)
-    kept = x > _bound(threshold, column, d_sae, PER_LATENT)
+    kept = x > _bound(threshold, row, column, d_sae, PER_ROW, PER_LATENT)
     tl.store(counts + row * n_tiles + tile, tl.sum(kept.to(tl.int32), 1), mask=tile < n_tiles)
 
 
 @triton.jit
 def write_above(
-    pre, row_stride, d_sae, threshold, counts, ends, n_tiles, latent, value, PER_LATENT: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr
-):
+    pre, row_stride, d_sae, threshold, counts, ends, n_tiles, latent, value,
+    PER_ROW: tl.constexpr, PER_LATENT: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
     """Program (row, group of tiles): writes what was counted; tiles that keep nothing are not read again. ends: inclusive sums of counts."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
@@ -39,7 +47,7 @@ def write_above(
         first = tl.load(ends + row * n_tiles + tile, mask=tile < n_tiles, other=0) - count
         column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
         x = tl.load(pre + row * row_stride + column, mask=(column < d_sae) & (count[:, None] > 0), other=0.0).to(tl.float32)
-        kept = x > _bound(threshold, column, d_sae, PER_LATENT)
+        kept = x > _bound(threshold, row, column, d_sae, PER_ROW, PER_LATENT)
         position = first[:, None] + tl.cumsum(kept.to(tl.int32), 1) - 1
         tl.store(latent + position, column, mask=kept)
         tl.store(value + position, x, mask=kept)
@@ -159,15 +167,15 @@ def forward_error(
 
 
 @triton.jit
-def _weighted_rows(row, weight, matrix, first, last, column, d, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr):
-    """sum of weight[i] * matrix[row[i]] over entries first:last, of these columns."""
+def _weighted_rows(row, factor, matrix, first, last, column, d, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr):
+    """sum of factor[i] * matrix[row[i]] over entries first:last, of these columns."""
     total = tl.zeros((COLUMNS,), tl.float32)
     for at in range(first, last, ENTRIES):
         entry = at + tl.arange(0, ENTRIES)
         here = entry < last
         r = tl.load(row + entry, mask=here, other=0).to(tl.int64)
-        w = tl.load(weight + entry, mask=here, other=0.0)
-        total += tl.sum(w[:, None] * tl.load(matrix + r[:, None] * d + column[None, :], mask=here[:, None] & (column < d)[None, :], other=0.0), 0)
+        f = tl.load(factor + entry, mask=here, other=0.0)
+        total += tl.sum(f[:, None] * tl.load(matrix + r[:, None] * d + column[None, :], mask=here[:, None] & (column < d)[None, :], other=0.0), 0)
     return total
 
 
@@ -175,13 +183,13 @@ def _weighted_rows(row, weight, matrix, first, last, column, d, COLUMNS: tl.cons
 def _of_group(matrix, latent, bounds, n_groups, n_rows, d, GROUPS: tl.constexpr):
     """Where, in matrix [n_groups, n_rows, d], the rows of the latent's group begin."""
     group = tl.arange(0, GROUPS)
-    ends_before = tl.load(bounds + group, mask=group < n_groups, other=2147483647) <= latent
+    ends_before = tl.load(bounds + group, mask=group < n_groups - 1, other=2147483647) <= latent  # all are before the last group's end
     return matrix + tl.sum(ends_before.to(tl.int64), 0) * n_rows * d
 
 
 @triton.jit
 def sum_pieces(
-    start, row, weight, matrix, bounds, first_piece, latent_of_piece, pieces, n_rows, d, d_sae, n_groups,
+    start, row, factor, matrix, bounds, first_piece, latent_of_piece, pieces, n_rows, d, d_sae, n_groups,
     GROUPS: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Program (piece, part of the columns): the sum over PIECE entries of a latent that has more. pieces: [n_pieces, d]."""
@@ -192,14 +200,14 @@ def sum_pieces(
         first = tl.load(start + latent) + (piece - tl.load(first_piece + latent)) * PIECE
         last = tl.minimum(first + PIECE, tl.load(start + latent + 1))
         own = _of_group(matrix, latent, bounds, n_groups, n_rows, d, GROUPS)
-        total = _weighted_rows(row, weight, own, first, last, column, d, COLUMNS, ENTRIES)
+        total = _weighted_rows(row, factor, own, first, last, column, d, COLUMNS, ENTRIES)
         tl.store(pieces + piece.to(tl.int64) * d + column, total, mask=column < d)
 
 
 @triton.jit
 def sum_latents(
-    start, row, weight, matrix, bounds, first_piece, pieces, out, weight_sums, n_rows, d, n_groups, scale,
-    WEIGHT_SUMS: tl.constexpr, GROUPS: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
+    start, row, factor, matrix, bounds, first_piece, pieces, out, factor_sums, n_rows, d, n_groups, scale,
+    FACTOR_SUMS: tl.constexpr, GROUPS: tl.constexpr, PIECE: tl.constexpr, COLUMNS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Program (latent, part of the columns): scale * the sum over the latent's entries, or over its pieces where it has any."""
     latent, part = tl.program_id(0), tl.program_id(1)
@@ -208,7 +216,7 @@ def sum_latents(
     total = tl.zeros((COLUMNS,), tl.float32)
     if last - first <= PIECE:
         own = _of_group(matrix, latent, bounds, n_groups, n_rows, d, GROUPS)
-        total += _weighted_rows(row, weight, own, first, last, column, d, COLUMNS, ENTRIES)
+        total += _weighted_rows(row, factor, own, first, last, column, d, COLUMNS, ENTRIES)
     else:
         piece, end = tl.load(first_piece + latent), tl.load(first_piece + latent + 1)
         at_piece = pieces + piece.to(tl.int64) * d + column
@@ -216,13 +224,13 @@ def sum_latents(
             total += tl.load(at_piece, mask=column < d, other=0.0)
             at_piece += d
     tl.store(out + latent.to(tl.int64) * d + column, scale * total, mask=column < d)
-    if WEIGHT_SUMS:  # noqa: SIM102 (decided when this is compiled, unlike the other)
+    if FACTOR_SUMS:  # noqa: SIM102 (decided when this is compiled, unlike the other)
         if part == 0:
             lane_sums = tl.zeros((COLUMNS,), tl.float32)
             for at in range(first, last, COLUMNS):
                 entry = at + tl.arange(0, COLUMNS)
-                lane_sums += tl.load(weight + entry, mask=entry < last, other=0.0)
-            tl.store(weight_sums + latent, tl.sum(lane_sums, 0))
+                lane_sums += tl.load(factor + entry, mask=entry < last, other=0.0)
+            tl.store(factor_sums + latent, tl.sum(lane_sums, 0))
 
 
 # The optimiser

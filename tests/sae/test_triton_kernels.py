@@ -50,15 +50,15 @@ def test_the_module_can_be_imported_where_there_is_no_triton():
 
 CODES = {"start": "*i32", "latent": "*i32", "value": "*fp32"}
 TILES_OF_ROW = {"row_stride": "i32", "d_sae": "i32", "threshold": "*fp32", "counts": "*i32"}
-BY_LATENT = {"start": "*i32", "row": "*i32", "weight": "*fp32", "matrix": "*fp32", "bounds": "*i32", "first_piece": "*i32"}
+BY_LATENT = {"start": "*i32", "row": "*i32", "factor": "*fp32", "matrix": "*fp32", "bounds": "*i32", "first_piece": "*i32"}
 CUT = {"state": "*i32", "larger": "*i32", "equal": "*i32"}
 ROWS = {"COLUMNS": COLUMNS, "ENTRIES": ENTRIES}
 SIGNATURES = {
     # program: (types of its arguments, values of those that are known when it is compiled)
-    "count_above": ({"pre": "*bf16"} | TILES_OF_ROW | {"n_tiles": "i32"}, {"PER_LATENT": True, "TILE": TILE, "TILES": TILES}),
+    "count_above": ({"pre": "*bf16"} | TILES_OF_ROW | {"n_tiles": "i32"}, {"PER_ROW": False, "PER_LATENT": True, "TILE": TILE, "TILES": TILES}),
     "write_above": (
         {"pre": "*fp32"} | TILES_OF_ROW | {"ends": "*i32", "n_tiles": "i32", "latent": "*i32", "value": "*fp32"},
-        {"PER_LATENT": False, "TILE": TILE, "TILES": TILES},
+        {"PER_ROW": True, "PER_LATENT": False, "TILE": TILE, "TILES": TILES},
     ),
     "count_digits": (
         {"x": "*fp32", "row_stride": "i32", "n_columns": "i32", "state": "*i32", "counts": "*i32"},
@@ -84,8 +84,8 @@ SIGNATURES = {
         {"GROUPS": 4, "PIECE": PIECE} | ROWS,
     ),
     "sum_latents": (
-        BY_LATENT | {"pieces": "*fp32", "out": "*fp32", "weight_sums": "*fp32", "n_rows": "i32", "d": "i32", "n_groups": "i32", "scale": "fp32"},
-        {"WEIGHT_SUMS": True, "GROUPS": 1, "PIECE": PIECE} | ROWS,
+        BY_LATENT | {"pieces": "*fp32", "out": "*fp32", "factor_sums": "*fp32", "n_rows": "i32", "d": "i32", "n_groups": "i32", "scale": "fp32"},
+        {"FACTOR_SUMS": True, "GROUPS": 1, "PIECE": PIECE} | ROWS,
     ),
     "square_norms": ({"gradient": "*fp32", "parameter": "*fp32", "norms": "*fp32", "d": "i32"}, {"TANGENT": True, "BLOCK": 512}),
     "adam_rows": (

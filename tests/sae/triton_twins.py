@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae.sparse import BOUND_SAMPLE_ROWS, SparseRows, select_batch_topk_plain
+from sae import triton_kernels, triton_step
+from sae.selection import Above, BatchTopK, SparseRows, TopK, select_plain
+from sae.sparse import ByLatent, Encoded, Error, decode_error_plain, encode_plain
 from sae.triton_kernels import (
     CUT_BLOCK,
     ENTRIES,
@@ -20,6 +22,7 @@ from sae.triton_kernels import (
     forward_error,
     select_above,
     select_batch_topk,
+    select_topk,
     square_norms,
     weight_gradients,
 )
@@ -49,28 +52,27 @@ def codes_of(dense: Tensor) -> SparseRows:
 
 @pytest.mark.parametrize("shape", [(5, 384), (7, 24), (3, TILE * TILES + 52), (1, TILE), (0, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threshold", [0.5, -1.0, 100.0])
+@pytest.mark.parametrize("threshold", [0.5, -1.0])
 def test_values_above_a_threshold_are_kept(shape, dtype, threshold):
     pre = normal(*shape).to(dtype)
     pre[1:2] = -1.0
-    expected = codes_of(torch.where(pre > max(threshold, 0.0), pre, 0.0))
-    assert_same(select_above(pre, torch.tensor(threshold, device=DEVICE)), expected)
+    bound = torch.tensor(threshold, device=DEVICE)
+    assert_same(select_above(pre, bound), select_plain(pre.float(), Above(bound)))
 
 
 def test_each_latent_may_have_its_own_threshold():
     pre, threshold = normal(9, 300), normal(300, seed=1)
-    assert_same(select_above(pre, threshold), codes_of(torch.where(pre > threshold.clamp(min=0.0), pre, 0.0)))
+    assert_same(select_above(pre, threshold), select_plain(pre, Above(threshold)))
 
 
 def test_rows_may_lie_apart_in_memory():
-    pre = normal(10, 400)[::3, :100]
-    assert_same(select_above(pre, torch.tensor(0.2, device=DEVICE)), codes_of(torch.where(pre > 0.2, pre, 0.0)))
+    pre, bound = normal(10, 400)[::3, :100], torch.tensor(0.2, device=DEVICE)
+    assert_same(select_above(pre, bound), select_plain(pre, Above(bound)))
 
 
 def pre_of(kind: str) -> Tensor:
-    rows = 2 * BOUND_SAMPLE_ROWS if "sample" in kind else 30
-    pre = normal(rows, 70, seed=1)
-    odd = torch.arange(rows, device=DEVICE)[:, None] % 2
+    pre = normal(17, 70, seed=1)
+    odd = torch.arange(17, device=DEVICE)[:, None] % 2
     return {
         "normal": pre,
         "strong rows that a sample misses": pre * (1 + 100.0 * odd),
@@ -100,22 +102,26 @@ def pre_of(kind: str) -> Tensor:
         "one row",
     ],
 )
-def test_the_largest_values_of_the_batch_are_kept(kind):
+def test_the_largest_values_of_each_row_or_of_the_batch_are_kept(kind, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "BOUND_SAMPLE_ROWS", 8)  # of 17 rows every other one
     pre = pre_of(kind)
-    for k in (4,) if "sample" in kind else (1, 8, 70):
-        plain = select_batch_topk_plain(pre.nan_to_num(-1.0, posinf=torch.inf), k * len(pre))
+    for k in (1, 8, 70):
+        positive = pre.nan_to_num(-1.0, posinf=torch.inf)
+        assert_same(select_topk(positive, k), select_plain(positive, TopK(k)))
+        plain = select_plain(positive, BatchTopK(k * len(pre)))
         assert_same(select_batch_topk(pre, k * len(pre)), plain)
 
 
 def test_any_number_of_equal_values_may_be_kept():
     pre = torch.ones(3, 500, device=DEVICE)
     for n in (0, 1, 700, CUT_BLOCK, CUT_BLOCK + 1, 1499, 1500, 1501):
-        assert_same(select_batch_topk(pre, n), select_batch_topk_plain(pre, n))
+        assert_same(select_batch_topk(pre, n), select_plain(pre, BatchTopK(n)))
 
 
-def test_batch_topk_of_bfloat16():
-    pre = normal(40, 90).bfloat16()
-    assert_same(select_batch_topk(pre, 200), select_batch_topk_plain(pre.float(), 200))
+def test_the_largest_values_of_bfloat16():
+    pre = normal(40, 90).bfloat16()  # with ties
+    assert_same(select_topk(pre, 20), select_plain(pre.float(), TopK(20)))
+    assert_same(select_batch_topk(pre, 200), select_plain(pre.float(), BatchTopK(200)))
 
 
 # Decoding and gradients
@@ -203,6 +209,46 @@ def test_without_any_code_the_bias_is_the_reconstruction():
     torch.testing.assert_close(residuals.E[0], 2 * (y - b_dec))
     assert len(residuals.d_value) == 0
     assert all(not gradient.any() and gradient.isfinite().all() for gradient in gradients)
+
+
+# The halves of a step
+
+
+def halves(encode_with, decode_with, keep: Above | TopK | BatchTopK, shifted: bool, ends: list[int]) -> tuple[SparseRows, Error, list[Tensor | None]]:
+    """One step of an SAE of 24 -> 26 -> 20 on 12 rows, values squashed between the halves: codes, errors, gradients."""
+    x, y, W_enc = normal(12, 24), normal(12, 20, seed=1), normal(26, 24, seed=2).t().requires_grad_()
+    b_in, b_enc, W_dec, b_dec = (normal(*shape, seed=3 + i).requires_grad_() for i, shape in enumerate([(24,), (26,), (26, 20), (20,)]))
+    encoded = encode_with(x, b_in if shifted else None, W_enc, b_enc, keep)
+    squashed = encoded._replace(codes=encoded.codes._replace(value=encoded.codes.value.tanh()))
+    bounds, weights = torch.tensor(ends, dtype=torch.int32, device=DEVICE), torch.linspace(0.5, 1.5, len(ends), device=DEVICE)
+    error = decode_with(squashed, W_dec, b_dec, y, bounds, weights)
+    loss = 0.1 * error.weighted + encoded.codes.value.sum()
+    return encoded.codes, error, list(torch.autograd.grad(loss, (b_in, W_enc, b_enc, W_dec, b_dec), allow_unused=True))
+
+
+@pytest.mark.parametrize(
+    "keep", [BatchTopK(0), BatchTopK(60), TopK(5), Above(torch.tensor(3.0, device=DEVICE))], ids=["none", "batch", "row", "above"]
+)
+@pytest.mark.parametrize(("ends", "shifted"), [([26], True), ([6, 7, 15, 26], False)], ids=["shifted", "prefixes"])
+def test_a_step_and_its_gradients_equal_the_dense_ones(keep, ends, shifted):
+    codes, error, fast = halves(triton_step.encode, triton_step.decode_error, keep, shifted, ends)
+    plain_codes, plain_error, plain = halves(encode_plain, decode_error_plain, keep, shifted, ends)
+    torch.testing.assert_close(tuple(codes), tuple(plain_codes), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tuple(error), tuple(plain_error), rtol=1e-5, atol=1e-4)
+    assert (fast[0] is None) == (plain[0] is None) == (not shifted)
+    torch.testing.assert_close(fast[not shifted :], plain[not shifted :], rtol=1e-4, atol=1e-3)
+
+
+def test_a_decoder_that_is_frozen_gets_no_gradient():
+    codes = codes_of(sparse_values(5, 20))
+    value = codes.value.requires_grad_()
+    encoded = Encoded(codes, ByLatent(codes.start, codes.latent, 20))
+    bounds, weights = torch.tensor([20], dtype=torch.int32, device=DEVICE), torch.ones(1, device=DEVICE)
+    W_dec = normal(20, 24)
+    error = triton_step.decode_error(encoded, W_dec, torch.zeros(24, device=DEVICE), normal(5, 24, seed=1), bounds, weights)
+    error.weighted.backward()
+    row = codes.rows().long()
+    torch.testing.assert_close(value.grad, -2 * (error.residual[row] * W_dec[codes.latent.long()]).sum(1), rtol=1e-5, atol=1e-5)
 
 
 # The optimiser
