@@ -7,7 +7,7 @@ this module can be imported where there is no Triton.
 Tested: every function against a plain PyTorch twin in Triton's interpreter, on the CPU, and every program compiled for compute
 capability 9.0 (`tests/sae/test_triton_kernels.py`). Not tested: no GPU has run them, so the block sizes below are reasoned, not measured.
 
-Apart from `select_above` and `select_batch_topk`, which must know how many entries there are, nothing here waits for the device.
+Apart from the selections, which must know how many entries there are, nothing here waits for the device.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -239,6 +239,20 @@ def test_a_step_and_its_gradients_equal_the_dense_ones(keep, ends, shifted):
     torch.testing.assert_close(fast[not shifted :], plain[not shifted :], rtol=1e-4, atol=1e-3)
 
 
+def test_under_autocast_only_the_encoder_product_is_rounded():
+    x, W_enc, b_enc, W_dec = normal(12, 24), normal(26, 24, seed=1).t(), normal(26, seed=2), normal(26, 24, seed=3)
+    bounds, weights = torch.tensor([26], dtype=torch.int32, device=DEVICE), torch.ones(1, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        pre = torch.addmm(b_enc, x, W_enc)
+        encoded = triton_step.encode(x, None, W_enc, b_enc, BatchTopK(60))
+        error = triton_step.decode_error(encoded, W_dec, torch.zeros(24, device=DEVICE), x, bounds, weights)
+    assert pre.dtype == torch.bfloat16
+    assert_same(encoded.codes, select_plain(pre.float(), BatchTopK(60)))
+    z = torch.zeros(12, 26, device=DEVICE)
+    z[encoded.codes.rows().long(), encoded.codes.latent.long()] = encoded.codes.value
+    torch.testing.assert_close(error.weighted, (x - z @ W_dec).square().sum(), rtol=1e-6, atol=0.0)
+
+
 def test_a_decoder_that_is_frozen_gets_no_gradient():
     codes = codes_of(sparse_values(5, 20))
     value = codes.value.requires_grad_()
