@@ -1,7 +1,8 @@
 """Which pre-activations of a batch are kept: those above a threshold, the largest of each row, the largest of all.
 
 On a CPU the loops are those of `sae.kernels`, which look through pre-activations slice by slice, while they are near, so that those of a whole
-batch are never held; on a GPU those of `sae.triton_kernels`. Each has a plain twin, `*_plain`. HEARSAE_PLAIN=1 in the environment switches to the twins, here and in `sae.sparse`.
+batch are never held; on a GPU those of `sae.triton_kernels`. Each has a plain twin, `*_plain`. HEARSAE_PLAIN=1 in the environment switches to
+the twins, here and in `sae.sparse`.
 """
 
 import os
