@@ -292,7 +292,7 @@ def load_dictionary(folder: str | Location) -> Dictionary:
         state = safetensors.torch.load((folder / WEIGHTS).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise HearsaeError(f"there is no SAE in {folder}: {PurePath(error.filename).name} is missing") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise HearsaeError(f"the SAE in {folder} is damaged: {error}") from error
     config = read_config(folder / CONFIG, data)
     with torch.device("meta"):  # names and shapes, without the memory: a damaged config may name any width

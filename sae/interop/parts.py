@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -100,7 +101,9 @@ def read_safetensors(path: Location) -> State:
 def read_pt(path: Location) -> State:
     """A PyTorch file of tensors. Raises HearsaeError if there is none, it is damaged, or it holds anything that would have to be unpickled."""
     try:
-        data = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles: what can't be read is refused below
+            data = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path) from None
     except Exception as error:  # a damaged file makes the reader fail in any way

@@ -365,7 +365,7 @@ def test_tensors_that_claim_more_than_they_hold_are_refused(tmp_path):
     for name, huge in {"repeated": torch.zeros(1).expand(10**12), "sparse": torch.sparse_coo_tensor(size=(10**12,))}.items():
         export_dictionary(make("topk"), "dictionary_learning", tmp_path / name)
         edit_tensors(tmp_path / name / "ae.pt", **{"encoder.bias": huge})
-        with pytest.raises(HearsaeError, match="encoder.bias is"):
+        with pytest.raises(HearsaeError, match=r"encoder\.bias is"):
             import_dictionary("dictionary_learning", tmp_path / name)
 
 
