@@ -315,12 +315,14 @@ def read_config(path: Location, data: object) -> SaeConfig:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known}
     try:
         config = SaeConfig(**values)
-        whole = all(isinstance(n, int) for n in (config.d_in, config.d_sae, config.k, config.d_out, *config.widths)) and math.isfinite(config.scale)
-        named = all(isinstance(name, str) for name in (config.site, config.target, config.model_sha256))
+        numbers = (config.d_in, config.d_sae, config.k, config.d_out, config.seed, config.rows, *config.widths)
+        whole = all(isinstance(n, int) for n in numbers) and math.isfinite(config.scale)
+        texts = (config.site, config.target, config.model_sha256, config.hearsae, *config.store, *config.plan_hash)
+        named = all(isinstance(text, str) for text in texts)
     except TypeError as error:
         raise HearsaeError(f"{path} is damaged: {error}") from None
     if not whole:
-        raise HearsaeError(f"{path} is damaged: its widths are no whole numbers or its scale is not finite")
+        raise HearsaeError(f"{path} is damaged: its widths, seed or rows are no whole numbers or its scale is not finite")
     if not named:
-        raise HearsaeError(f"{path} is damaged: its site or its model is no text")
+        raise HearsaeError(f"{path} is damaged: its site, its model or its stores are no text")
     return config
