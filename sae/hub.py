@@ -145,6 +145,8 @@ def _upload(api: Any, hub: str, staged: str, private: bool) -> None:
 def _download(api: Any, hub: str, revision: str | None, place: Path) -> None:
     info = api.model_info(hub, revision=revision)
     names = [file.rfilename for file in info.siblings or () if _is_pushed(file.rfilename)]
+    if not {CONFIG, WEIGHTS} <= set(names):
+        raise HearsaeError(f"there is no SAE of hearsae in {hub}: it has no {' and no '.join(sorted({CONFIG, WEIGHTS} - set(names)))}")
     # Names out of `_is_pushed` hold nothing that a pattern could take for more than itself.
     api.snapshot_download(hub, revision=info.sha, allow_patterns=names, local_dir=place)
 
@@ -159,9 +161,29 @@ def _ask(hub: str, request: Callable[[Any], Result]) -> Result:
         disable_progress_bars()
     try:
         return request(HfApi(library_name="hearsae"))
+    except HearsaeError:
+        raise
     except Exception as error:  # of its transport, of its answers, of its checks: they share no class
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        raise RemoteError(f"the Hub does not do that with {hub}: {reason}") from error
+        raise RemoteError(_reason(hub, error)) from error
     finally:
         if quiet:
             enable_progress_bars()
+
+
+def _reason(hub: str, error: Exception) -> str:
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+
+    said = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{hub} is on the Hub, which HF_HUB_OFFLINE forbids to ask: unset it, or use a folder"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{hub} on the Hub has no such revision: {said}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the Hub at {ENDPOINT} has no repository {hub}, or it is private: check the name, or log in with 'hf auth login'"
+    if status in (401, 403):
+        return f"the Hub at {ENDPOINT} does not allow that with {hub} ({status}): log in with 'hf auth login', or set HF_TOKEN to a token that may"
+    if status is None:
+        return f"the Hub at {ENDPOINT} can't be asked for {hub}: {said}"
+    return f"the Hub at {ENDPOINT} does not do that with {hub}: {said}"

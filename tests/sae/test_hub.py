@@ -188,14 +188,17 @@ def test_the_hub_s_own_client_uploads_and_downloads_it(hub, trained, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "more", "words"),
     [
-        ({}, ["--repo", "someone/else"], "the Hub does not do that with someone/else: .*404"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, ["--repo", "someone/else"], "the Hub does not do that with someone/else: .*refused"),
-        ({"HF_HUB_OFFLINE": "1"}, ["--repo", "someone/else"], "the Hub does not do that with someone/else: .*[Oo]ffline"),
+        ({}, [], "the Hub at http.* has no repository someone/else, or it is private"),
+        ({}, ["--repo", "someone/there", "--revision", "v9"], "someone/there on the Hub has no such revision"),
+        ({}, ["--repo", "someone/there"], "there is no SAE of hearsae in someone/there: it has no config.json and no sae.safetensors"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, [], "the Hub at http://127.0.0.1:9 can't be asked for someone/else: .*refused"),
+        ({"HF_HUB_OFFLINE": "1"}, [], "someone/else is on the Hub, which HF_HUB_OFFLINE forbids to ask"),
     ],
-    ids=["missing", "unreachable", "offline"],
+    ids=["missing", "revision", "empty", "unreachable", "offline"],
 )
 def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path, environment, more, words):
-    done = run(hub, tmp_path / "home", "pull", "--out", tmp_path / "back", *more, **environment)
+    hub.repos["someone/there"] = {"x.pt": b""}
+    done = run(hub, tmp_path / "home", "pull", "--out", tmp_path / "back", *(more or ["--repo", "someone/else"]), **environment)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert re.match(f"hearsae: {words}", done.stderr), done.stderr
     assert not (tmp_path / "back").exists()
@@ -204,7 +207,7 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path, environme
 def test_a_token_that_the_hub_does_not_know_is_said_in_one_line(hub, trained, tmp_path):
     done = run(hub, tmp_path / "home", "push", "--sae", trained, "--repo", "someone/new", HF_TOKEN="hf_wrong")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "the Hub does not do that with someone/new" in done.stderr and "hf_wrong" not in done.stderr
+    assert "does not allow that with someone/new (401): log in" in done.stderr and "hf_wrong" not in done.stderr
     assert "someone/new" not in hub.repos
 
 
