@@ -46,9 +46,9 @@ def read(folder: Location, named: Named) -> Dictionary:
     for key, meaning in REFUSED.items():
         if config.get(key):
             raise HearsaeError(f"{path} has {meaning} ({key}), which hearsae's dictionaries don't have")
+    state = read_safetensors(folder / WEIGHTS)
     d_in, k = whole(config, "d_in", path), whole(config, "k", path)
     d_sae = whole(config, "num_latents", path) if config.get("num_latents") else d_in * whole(config, "expansion_factor", path)
-    state = read_safetensors(folder / WEIGHTS)
     W_enc, b_enc = state.take("encoder.weight", d_sae, d_in).t(), state.take("encoder.bias", d_sae)
     weights = Weights(W_enc, b_enc, state.take("W_dec", d_sae, d_in), state.take("b_dec", d_in))
     return dictionary_of("topk", k, weights, named, config.get(OURS), path, transcodes=bool(config.get("transcode")))

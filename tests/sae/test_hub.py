@@ -162,53 +162,80 @@ def hub():
         yield server
 
 
-def run(hub: Hub, home: Path, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process of its own: the client reads its settings when it is loaded."""
+MANY = """
+import contextlib, io, json, sys
+from cluster.cli import main
+for arguments in json.loads(sys.stdin.read()):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(arguments)
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+
+
+def run(hub: Hub, home: Path, *commands: list[Any], **environment: str) -> list[tuple[int, str, str]]:
+    """(status, stdout, stderr) of commands in a process of their own: the client reads its settings when it is loaded."""
     given = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "cluster.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=given | hub.environment(str(home)) | environment, capture_output=True, text=True, timeout=120)
+    lines = json.dumps([[str(argument) for argument in command] for command in commands])
+    environment = given | hub.environment(str(home)) | environment
+    done = subprocess.run([sys.executable, "-c", MANY], cwd=ROOT, env=environment, input=lines, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def test_the_hub_s_own_client_uploads_and_downloads_it(hub, trained, tmp_path):
-    done = run(hub, tmp_path / "home", "push", "--sae", trained, "--repo", "someone/whisper-sae", "--license", "mit", "--private", "--json")
-    assert (done.returncode, done.stderr, json.loads(done.stdout)["files"]) == (0, "", PUSHED)
+    hub.repos["someone/odd"] = {"evil.pt": b"pickle", "plots/../../out.png": PNG, "../up.png": PNG, "plots/deep/x.png": PNG}
+    hub.repos["someone/empty"] = {"evil.pt": b"pickle"}
+    out = tmp_path / "out"
+    done = run(
+        hub,
+        tmp_path / "home",
+        ["push", "--sae", trained, "--repo", "someone/whisper-sae", "--license", "mit", "--private", "--json"],
+        ["push", "--sae", trained, "--repo", "hf://someone/odd", "--json"],
+        ["pull", "--repo", "hf://someone/whisper-sae", "--out", tmp_path / "back", "--json"],
+        ["pull", "--repo", "someone/odd", "--out", tmp_path / "odd", "--json"],
+        ["pull", "--repo", "someone/else", "--out", out],
+        ["pull", "--repo", "someone/odd", "--revision", "v9", "--out", out],
+        ["pull", "--repo", "someone/empty", "--out", out],
+    )
+    for status, printed, err in done[:4]:
+        assert (status, err) == (0, "")
+        assert json.loads(printed)["files"] == PUSHED
     assert hub.visibility["someone/whisper-sae"] == "private"
     repo = hub.repos["someone/whisper-sae"]
     assert sorted(repo) == [".gitattributes", *PUSHED]
     assert b'SAE.from_pretrained("someone/whisper-sae", "saelens")' in repo["README.md"]
-    repo |= {"evil.pt": b"pickle", "plots/../../out.png": PNG, "../up.png": PNG, "plots/deep/x.png": PNG}
-    done = run(hub, tmp_path / "home", "pull", "--repo", "hf://someone/whisper-sae", "--out", tmp_path / "back", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)["files"] == PUSHED == sorted(files_in(tmp_path / "back"))
     x = torch.randn(9, 12)
-    assert torch.equal(load_dictionary(tmp_path / "back").encode(x), load_dictionary(trained).encode(x))
-    assert not list(tmp_path.glob("*.png"))
+    for name in ("back", "odd"):
+        assert sorted(files_in(tmp_path / name)) == PUSHED
+        assert torch.equal(load_dictionary(tmp_path / name).encode(x), load_dictionary(trained).encode(x))
+    assert not list(tmp_path.rglob("out.png")) and not list(tmp_path.rglob("up.png"))
+    missing, revision, empty = done[4:]
+    assert_refused(missing, f"the Hub at {hub.endpoint} has no repository someone/else, or it is private")
+    assert_refused(revision, "someone/odd on the Hub has no such revision")
+    assert_refused(empty, "there is no SAE of hearsae in someone/empty: it has no config.json and no sae.safetensors")
+    assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("environment", "more", "words"),
-    [
-        ({}, [], "the Hub at http.* has no repository someone/else, or it is private"),
-        ({}, ["--repo", "someone/there", "--revision", "v9"], "someone/there on the Hub has no such revision"),
-        ({}, ["--repo", "someone/there"], "there is no SAE of hearsae in someone/there: it has no config.json and no sae.safetensors"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, [], "the Hub at http://127.0.0.1:9 can't be asked for someone/else: .*refused"),
-        ({"HF_HUB_OFFLINE": "1"}, [], "someone/else is on the Hub, which HF_HUB_OFFLINE forbids to ask"),
-    ],
-    ids=["missing", "revision", "empty", "unreachable", "offline"],
-)
-def test_what_the_hub_does_not_give_is_said_in_one_line(hub, tmp_path, environment, more, words):
-    hub.repos["someone/there"] = {"x.pt": b""}
-    done = run(hub, tmp_path / "home", "pull", "--out", tmp_path / "back", *(more or ["--repo", "someone/else"]), **environment)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert re.match(f"hearsae: {words}", done.stderr), done.stderr
-    assert not (tmp_path / "back").exists()
+def assert_refused(done: tuple[int, str, str], words: str) -> None:
+    status, out, err = done
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"hearsae: {words}")
+
+
+def test_a_hub_that_can_not_be_asked_is_said_in_one_line(hub, tmp_path):
+    pull_it = ["pull", "--repo", "someone/else", "--out", tmp_path / "out"]
+    nobody = "http://127.0.0.1:9"
+    [unreachable] = run(hub, tmp_path / "home", pull_it, HF_ENDPOINT=nobody)
+    assert_refused(unreachable, f"the Hub at {nobody} can't be asked for someone/else: ")
+    [offline] = run(hub, tmp_path / "home", pull_it, HF_HUB_OFFLINE="1")
+    assert_refused(offline, "someone/else is on the Hub, which HF_HUB_OFFLINE forbids to ask")
 
 
 def test_a_token_that_the_hub_does_not_know_is_said_in_one_line(hub, trained, tmp_path):
-    done = run(hub, tmp_path / "home", "push", "--sae", trained, "--repo", "someone/new", HF_TOKEN="hf_wrong")
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert "does not allow that with someone/new (401): log in" in done.stderr and "hf_wrong" not in done.stderr
-    assert "someone/new" not in hub.repos
+    [done] = run(hub, tmp_path / "home", ["push", "--sae", trained, "--repo", "someone/new"], HF_TOKEN="hf_wrong")
+    assert_refused(done, f"the Hub at {hub.endpoint} does not allow that with someone/new (401): log in")
+    assert "hf_wrong" not in done[2] and "someone/new" not in hub.repos
 
 
 def test_saelens_loads_what_was_pushed_as_the_card_says(hub, trained, tmp_path):
