@@ -67,7 +67,7 @@ def test_an_sae_goes_out_and_comes_back(form, model, tmp_path, run, capfd):
     assert result["decoder_norms"] == pytest.approx([1, 1])
     assert load_dictionary(tmp_path / "back").config == load_dictionary(sae).config
     assert main(["import", "--format", form, "--source", str(tmp_path / "theirs"), "--out", str(tmp_path / "again")]) == 0
-    assert capfd.readouterr().out == f"{tmp_path / 'again'}: topk sae of {SITE}, 32 -> 64 latents\n"
+    assert capfd.readouterr().out == f"{tmp_path / 'again'}: topk SAE of {SITE}, 32 -> 64 latents\n"
 
 
 def test_an_sae_of_others_gets_its_site_and_model(model, tmp_path, run):
