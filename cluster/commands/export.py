@@ -29,4 +29,5 @@ class Export(Output):
         return {"dir": str(self.out), "format": self.format, "arch": config.arch, "kind": config.kind, "site": config.site, "files": files}
 
     def summary(self, result: dict[str, Any]) -> str:
-        return f"{result['dir']}: {result['arch']} {result['kind'].replace('sae', 'SAE')} of {result['site']} for {result['format']} ({', '.join(result['files'])})"
+        kind = result["kind"].replace("sae", "SAE")
+        return f"{result['dir']}: {result['arch']} {kind} of {result['site']} for {result['format']} ({', '.join(result['files'])})"

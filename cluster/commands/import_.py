@@ -61,8 +61,9 @@ class Import(Output):
         }
 
     def summary(self, result: dict[str, Any]) -> str:
+        what = f"{result['arch']} {result['kind'].replace('sae', 'SAE')} of {result['site']}"
         to = f" to {result['target']}" if result["target"] else ""
-        lines = [f"{result['dir']}: {result['arch']} {result['kind'].replace('sae', 'SAE')} of {result['site']}{to}, {result['d_in']} -> {result['d_sae']} latents"]
+        lines = [f"{result['dir']}: {what}{to}, {result['d_in']} -> {result['d_sae']} latents"]
         least, most = result["decoder_norms"]
         if max(1 - least, most - 1) > UNIT_TOLERANCE:
             lines.append(f"  its decoder's rows are {least:.3g} to {most:.3g} long: values of its latents are in units of their own")
