@@ -86,6 +86,8 @@ def _facts(config: SaeConfig) -> Iterable[tuple[str, str]]:
     yield "widths", f"{config.d_in} → {config.d_sae} latents → {config.out_width}"
     if config.k:
         yield "k", str(config.k)
+    if config.sparsity:
+        yield "coefficient of the penalty", f"{config.sparsity:.4g}"
     yield "checkpoint (SHA-256)", _code(config.model_sha256)
     yield "trained on", ", ".join(map(_code, config.store)) or "—"
     yield "rows seen in training", f"{config.rows:,}" if isinstance(config.rows, int) else "—"
@@ -111,13 +113,14 @@ def _training(folder: Location, config: SaeConfig) -> list[tuple[str, str]]:
         data = _read(path, optional=True)
         runs, settings = data.get("runs"), data.get("config")
         if isinstance(runs, list) and isinstance(settings, dict) and any(_is_run(run, config) for run in runs):
-            grid = ("arch", "site", "target", "d_sae", "k", "seed", *HOW_NOT_WHAT)
+            grid = ("arch", "site", "target", "d_sae", "k", "sparsity", "seed", *HOW_NOT_WHAT)
             return [(_code(name), _value(value)) for name, value in settings.items() if name not in grid and isinstance(value, str | Real)]
     return []
 
 
 def _is_run(run: object, config: SaeConfig) -> bool:
-    return isinstance(run, dict) and all(run.get(name) == getattr(config, name) for name in ("site", "arch", "d_sae", "k", "seed"))
+    names = ("site", "target", "arch", "d_sae", "k", "sparsity", "seed")
+    return isinstance(run, dict) and all(run.get(name) == getattr(config, name) for name in names)
 
 
 def _evaluation(folder: Location, config: SaeConfig) -> list[tuple[str, str]]:

@@ -317,13 +317,13 @@ def read_config(path: Location, data: object) -> SaeConfig:
     try:
         config = SaeConfig(**values)
         numbers = (config.d_in, config.d_sae, config.k, config.d_out, config.seed, config.rows, *config.widths)
-        whole = all(isinstance(n, int) for n in numbers) and math.isfinite(config.scale)
+        whole = all(isinstance(n, int) for n in numbers) and math.isfinite(config.scale) and math.isfinite(config.sparsity)
         texts = (config.site, config.target, config.model_sha256, config.hearsae, *config.store, *config.plan_hash)
         named = all(isinstance(text, str) for text in texts)
     except TypeError as error:
         raise HearsaeError(f"{path} is damaged: {error}") from None
     if not whole:
-        raise HearsaeError(f"{path} is damaged: its widths, seed or rows are no whole numbers or its scale is not finite")
+        raise HearsaeError(f"{path} is damaged: its widths, seed or rows are no whole numbers, or its scale or sparsity is not finite")
     if not named:
         raise HearsaeError(f"{path} is damaged: its site, its model or its stores are no text")
     return config

@@ -67,6 +67,8 @@ class Import(Output):
         least, most = result["decoder_norms"]
         if max(1 - least, most - 1) > UNIT_TOLERANCE:
             lines.append(f"  its decoder's rows are {least:.3g} to {most:.3g} long: values of its latents are in units of their own")
+        if not result["model_sha256"]:
+            lines.append("  its model is not known, without which 'hearsae scan' takes no SAE: name it with --model")
         return "\n".join(lines)
 
 

@@ -19,6 +19,7 @@ from cache.errors import HearsaeError
 from cache.location import Location
 from sae.interop.parts import OURS, Named, State, Weights, dictionary_of, gated, json_bytes, our_config, read_json, read_pt, shifted, without_shift
 from sae.models import Dictionary
+from sae.objectives import matryoshka_bounds
 
 CONFIG = "config.json"
 WEIGHTS = "ae.pt"
@@ -52,7 +53,9 @@ def _written(dictionary: Dictionary) -> tuple[str, dict[str, Tensor]]:
     if config.arch == "batchtopk":
         return "BatchTopKSAE", linear | {"b_dec": b_dec} | kept
     if config.arch == "matryoshka":
-        return "MatryoshkaBatchTopKSAE", direct | kept | {"group_sizes": torch.tensor([config.d_sae])}
+        # Which prefixes it was trained on is known of hearsae's own; all of them count when it is used, so values don't depend on it.
+        bounds = matryoshka_bounds(config.d_sae) if config.rows else [config.d_sae]
+        return "MatryoshkaBatchTopKSAE", direct | kept | {"group_sizes": torch.tensor([0, *bounds]).diff()}
     if config.arch in ("relu", "tied") and _has_unit_decoder(W_dec):
         return "AutoEncoder", linear | {"bias": b_dec}
     # An AutoEncoder of other norms would be given unit norm when it is loaded, and with it other values.

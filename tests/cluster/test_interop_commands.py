@@ -92,7 +92,8 @@ def test_values_in_units_of_their_own_are_said(tmp_path, run, capfd):
     sae.save(tmp_path / "sae")
     theirs = exported(tmp_path, tmp_path / "sae", run)
     assert main(["import", "--format", "saelens", "--source", str(theirs), "--site", SITE, "--out", str(tmp_path / "back")]) == 0
-    assert "its decoder's rows are 0.5 to 2 long" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "its decoder's rows are 0.5 to 2 long" in out and "its model is not known" in out
 
 
 def test_an_import_that_can_not_be_right_is_refused(model, tmp_path, run, refused):

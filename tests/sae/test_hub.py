@@ -55,7 +55,7 @@ def trained(tmp_path) -> Path:
     for name in [*STAYS, "plots/density.png"]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(PNG)
-    run = {"dir": str(folder), "site": SITE, "arch": "topk", "d_sae": 40, "k": 5, "seed": 0}
+    run = {"dir": str(folder), "site": SITE, "arch": "topk", "d_sae": 40, "k": 5, "seed": 0, "target": "", "sparsity": 0.0}
     settings = {"store": ["/home/somebody/a.zarr"], "out": str(folder), "batch": 4096, "lr": None, "aux": 1 / 32, "site": [SITE], "arch": "topk"}
     (folder / "train.json").write_text(json.dumps({"config": settings, "runs": [run]}))
     result = {"dir": str(folder), "site": SITE, "rows": 5000, "fvu": 0.25, "l0": 5.0, "novel_metric": 0.5, "density_count": [1, 2]}
@@ -297,7 +297,7 @@ def test_a_card_of_nothing_but_a_dictionary(tmp_path):
 def test_an_sae_of_a_grid_finds_the_settings_of_its_run(tmp_path):
     save(tmp_path / "a", seed=3)
     save(tmp_path / "b", seed=4)
-    run = {"site": SITE, "arch": "topk", "d_sae": 40, "k": 5, "seed": 3}
+    run = {"site": SITE, "arch": "topk", "d_sae": 40, "k": 5, "seed": 3, "target": "", "sparsity": 0.0}
     (tmp_path / "train.json").write_text(json.dumps({"config": {"batch": 77}, "runs": [run]}))
     assert "| `batch` | 77 |" in model_card(tmp_path / "a")
     assert "## Training" not in model_card(tmp_path / "b")

@@ -362,7 +362,7 @@ def _saved(what: object) -> bytes:
 
 def test_tensors_that_claim_more_than_they_hold_are_refused(tmp_path):
     """A few bytes with the shape of terabytes: filling that in would end the process."""
-    for name, huge in {"repeated": torch.zeros(1).expand(10**12), "sparse": torch.sparse_coo_tensor(size=(10**12,))}.items():
+    for name, huge in {"repeated": torch.zeros(1).expand(10**12), "sparse": torch.sparse_coo_tensor(size=(10**12,), check_invariants=True)}.items():
         export_dictionary(make("topk"), "dictionary_learning", tmp_path / name)
         edit_tensors(tmp_path / name / "ae.pt", **{"encoder.bias": huge})
         with pytest.raises(HearsaeError, match=r"encoder\.bias is"):
@@ -395,3 +395,10 @@ def test_a_claim_of_an_architecture_that_the_weights_are_not_is_not_believed(tmp
         data["metadata"]["hearsae"] |= {"arch": claim, "k": k}
         edit(tmp_path / folder / "cfg.json", **data)
         assert import_dictionary("saelens", tmp_path / folder).config.arch == arch
+
+
+def test_the_groups_of_a_matryoshka_sae_are_those_of_its_training(tmp_path):
+    for rows_seen, groups in ((7, [1, 3, 5, 10, 21]), (0, [D_SAE])):
+        export_dictionary(make("matryoshka", rows=rows_seen), "dictionary_learning", tmp_path / str(rows_seen))
+        state = torch.load(tmp_path / str(rows_seen) / "ae.pt", weights_only=True)
+        assert state["group_sizes"].tolist() == groups
