@@ -42,7 +42,7 @@ def files(dictionary: Dictionary) -> dict[str, bytes]:
     config = dictionary.config
     transcodes = config.kind == "transcoder"
     if transcodes and config.arch == "topk":
-        raise HearsaeError("SAELens has no TopK transcoder: export it as sparsify, which has")
+        raise HearsaeError("SAELens has no TopK transcoder: use --format sparsify, which has those of one width")
     architecture = TRANSCODERS.get(config.arch, "jumprelu_transcoder") if transcodes else SAES.get(config.arch, "jumprelu")
     metadata = {"sae_lens_version": CONFIG_VERSION, "sae_lens_training_version": None, "hook_name": config.site, OURS: our_config(config)}
     settings: dict[str, Any] = {

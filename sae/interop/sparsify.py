@@ -18,7 +18,9 @@ def files(dictionary: Dictionary) -> dict[str, bytes]:
     """Raises HearsaeError for all but TopK, and for a transcoder between sites of different widths."""
     config = dictionary.config
     if config.arch != "topk":
-        raise HearsaeError(f"sparsify keeps the k largest values of each row and nothing else: a {config.arch} SAE can't be one of its; use saelens")
+        raise HearsaeError(
+            f"sparsify keeps the k largest values of each row and nothing else: a {config.arch} SAE can't be one of its; use --format saelens"
+        )
     if config.out_width != config.d_in:
         raise HearsaeError(f"sparsify has transcoders of one width only, not from {config.d_in} to {config.out_width}")
     settings = {
