@@ -370,8 +370,8 @@ def check_config(config: TrainConfig) -> None:
     if config.sparsity and all(arch in WITH_K for arch in config.arch):
         raise HearsaeError(f"--sparsity has no effect on {', '.join(config.arch)}: set --k")
     for d_sae, k in product(config.d_sae, config.k):
-        if uses_k and not 1 <= k <= d_sae:
-            raise HearsaeError(f"--k {k} is not between 1 and --d-sae {d_sae}")
+        if uses_k and d_sae > 0 and not 1 <= k <= d_sae:
+            raise HearsaeError(f"k = {k} is not between 1 and d_sae = {d_sae}")
     if config.target and (config.crosscoder or config.target in config.site):
         raise HearsaeError(f"--target {config.target}: a transcoder reads one site and reconstructs another; a crosscoder has no target")
     if config.crosscoder and len(config.site) < 2:

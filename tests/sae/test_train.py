@@ -282,7 +282,7 @@ def test_the_checkpoint_of_another_grid_is_refused(planted, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": (65,)}, "--k 65 is not between 1 and --d-sae 64"),
+        ({"k": (65,)}, "k = 65 is not between 1 and d_sae = 64"),
         ({"k": (3, 3)}, "--k: give at least one value, and none twice"),
         ({"site": ()}, "--site: give at least one"),
         ({"rows": 100}, "--rows 100 is less than one batch of 256"),
