@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ def test_the_real_package_takes_two_runs_at_once_and_again(tmp_path, monkeypatch
         with open_log(tmp_path / "a", position, "speech") as a, open_log(tmp_path / "b", position, "speech") as b:
             for log in (a, b):
                 write(log, range(position + 100, position + 300, 100))
+        time.sleep(1.1)  # wandb names its folders by the second
     for name in ("a", "b"):
         run_id = json.loads((tmp_path / name / "wandb.json").read_text())["id"]
         assert len(list((tmp_path / name / "wandb").glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"))) == 2
