@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,12 @@ def init(**settings):
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch) -> Any:
-    """The stand-in, installed."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "wandb.py").write_text(f"WITHOUT_DIR = {str(tmp_path)!r}\n" + STAND_IN)
-    monkeypatch.syspath_prepend(tmp_path / "packages")
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    yield importlib.import_module("wandb")
-    sys.modules.pop("wandb", None)
+    """The stand-in, as if installed."""
+    module = types.ModuleType("wandb")
+    exec(STAND_IN, vars(module))
+    vars(module)["WITHOUT_DIR"] = tmp_path
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
 
 
 def told(folder: Path, what: str) -> list[Any]:
