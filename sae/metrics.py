@@ -66,13 +66,14 @@ class Evaluation(NamedTuple):
 
     def to_json(self) -> dict[str, object]:
         """Without `firings`, ready for JSON, which knows no NaN: None in its place."""
-        data = {name: _plain(value) for name, value in self._asdict().items() if name != "firings"}
-        return data | {"decoder_cosine": _plain(self.decoder_cosine._asdict())}
+        data = {name: plain(value) for name, value in self._asdict().items() if name != "firings"}
+        return data | {"decoder_cosine": plain(self.decoder_cosine._asdict())}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """For JSON, which knows no NaN: None in its place; lists for arrays."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value.tolist() if isinstance(value, np.ndarray) else value

@@ -29,6 +29,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 """Of Okabe and Ito, which people who see few colours tell apart; without yellow and black, of which one is too light and one is the text's."""
 MARKERS = "osD^v<>P"
 """With the colours in turn: 24 pairs before one comes again."""
+DASHES = ("-", "--", ":", "-.")
+"""Of the first seed, the second, ...: they share a colour."""
 BASELINE_STYLES = {
     "pca": ("0.1", "-", "PCA, first k"),
     "pca-largest": ("0.1", "--", "PCA, k largest"),
@@ -89,7 +91,8 @@ def pareto_figure(results: Sequence[Mapping[str, Any]], baselines: Sequence[Base
                 axes.plot(*points, color=colour, marker=marker, markersize=5, linewidth=1.2, label=named)
         _log_scale(axes, "x")
         _log_scale(axes, "y")
-        axes.set(xlabel="L0 (latents a row); of baselines, numbers kept of a row", ylabel="FVU", title=_text(sites))
+        of_baselines = "; of baselines, numbers kept of a row" if baselines else ""
+        axes.set(xlabel=f"L0 (latents a row){of_baselines}", ylabel="FVU", title=_text(sites))
         _finish(axes)
     figure.suptitle(f"What sparsity costs, on {what}")
     return figure
@@ -102,13 +105,11 @@ def density_figure(results: Sequence[Mapping[str, Any]]) -> "Figure":
     """
     figure = _figure(1, 1, width=7.2)
     (axes,) = _axes(figure)
-    labels = [_label(result, results) for result in results]
-    styles = _styles(labels)
     used = np.flatnonzero(np.sum([result["density_count"] for result in results], axis=0))
     edges = 10.0 ** np.asarray(results[0]["density_edges"])
-    for label, result in zip(labels, results, strict=True):
+    for (label, colour, dashes), result in zip(_lines(results), results, strict=True):
         named = f"{label}: {result['dead_fraction']:.1%} never fired"
-        axes.stairs(result["density_count"], edges, color=styles[label][0], linewidth=1.6, label=_text(named))
+        axes.stairs(result["density_count"], edges, color=colour, linestyle=dashes, linewidth=1.6, label=_text(named))
     axes.axvline(DENSE, color="0.5", linestyle=":", linewidth=1.2)
     axes.annotate("dense", (DENSE, 1.0), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", color="0.4")
     axes.set_xscale("log")
@@ -124,22 +125,20 @@ def density_figure(results: Sequence[Mapping[str, Any]]) -> "Figure":
 
 def training_figure(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Curve]]]) -> "Figure":
     """What was logged over training, a panel for each value. runs: what names each SAE, and its curves by the log's names."""
-    shown = [name for name in PANELS if any(len(curves[name].rows) for _, curves in runs if name in curves)]
+    shown = [name for name in PANELS if any(name in curves and (name != "aux_loss" or curves[name].value.any()) for _, curves in runs)]
     columns = min(3, len(shown)) or 1
     figure = _figure(-(-len(shown) // columns) or 1, columns, width=4.2)
-    labels = [_label(named, [one for one, _ in runs]) for named, _ in runs]
-    styles = _styles(labels)
+    lines = _lines([named for named, _ in runs])
     for axes, name in zip(_axes(figure), shown, strict=False):
         label, scale = PANELS[name]
-        for sae, (_, curves) in zip(labels, runs, strict=True):
-            if name in curves:
-                value = curves[name].value * (100 if name == "dead" else 1)
-                axes.plot(curves[name].rows, value, color=styles[sae][0], linewidth=1.2, label=_text(sae))
-        values = np.concatenate([curves[name].value for _, curves in runs if name in curves])
+        drawn = [(line, curves[name]) for line, (_, curves) in zip(lines, runs, strict=True) if name in curves]
+        for (sae, colour, dashes), curve in drawn:
+            axes.plot(curve.rows, curve.value * (100 if name == "dead" else 1), color=colour, linestyle=dashes, linewidth=1.2, label=_text(sae))
+        values = np.concatenate([curve.value for _, curve in drawn])
         if scale == "log" and (values > 0).all():
             _log_scale(axes, "y")
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=0, top=None if values.any() else 1)
         axes.set(xlabel="rows", ylabel=label)
         axes.xaxis.set_major_formatter(_rows_formatter())
         _finish(axes, legend=False)
@@ -147,7 +146,7 @@ def training_figure(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Curve]]
         axes.set_axis_off()
     handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    figure.suptitle("Training")
+    figure.suptitle(_text(f"Training on {' and '.join(dict.fromkeys(_sites(named) for named, _ in runs))}"))
     return figure
 
 
@@ -263,12 +262,18 @@ def _group(named: Mapping[str, Any]) -> str:
     return f"{named['arch']}, {named['d_sae']} latents"
 
 
-def _label(named: Mapping[str, Any], of: Sequence[Mapping[str, Any]]) -> str:
-    """What tells an SAE from the others: its site only if they have several."""
-    if "arch" not in named:
-        return "SAE"
-    parts = [_group(named), f"k {named['k']}" if named.get("k") else "", f"seed {named['seed']}" if len(of) > 1 else ""]
-    return ", ".join(filter(None, [_sites(named) if len(set(map(_sites, of))) > 1 else "", *parts]))
+def _lines(of: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(name, colour, dashes) of each SAE: what tells it from the others. Those that differ in their seed alone share a colour."""
+    sites = len(set(map(_sites, of))) > 1
+    names = []
+    for named in of:
+        parts = [_sites(named) if sites else "", _group(named), f"k {named['k']}" if named.get("k") else ""]
+        names.append(", ".join(filter(None, parts)))
+    colours, seen, lines = _styles(names), dict.fromkeys(names, 0), []
+    for name, named in zip(names, of, strict=True):
+        lines.append((name if len(of) == 1 else f"{name}, seed {named['seed']}", colours[name][0], DASHES[seen[name] % len(DASHES)]))
+        seen[name] += 1
+    return lines
 
 
 def _styles(labels: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -307,12 +312,14 @@ def _axes(figure: "Figure") -> "list[Axes]":
 
 
 def _log_scale(axes: "Axes", which: Literal["x", "y"]) -> None:
-    """With numbers as one says them, also between the powers of ten."""
+    """With numbers as one says them, also between the powers of ten. To be called when all is drawn."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.dataLim.intervalx if which == "x" else axes.dataLim.intervaly
+    subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6) if high > 3 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
