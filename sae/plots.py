@@ -227,7 +227,10 @@ def _runs_of_grid(folder: Location) -> dict[str, dict[str, Any]]:
         runs = {PurePosixPath(run["dir"]).name: dict(run) for run in result["runs"]}
     except (KeyError, TypeError, ValueError) as error:
         raise HearsaeError(f"{folder / RESULT} is damaged ({error!r})") from error
-    return {name: run for name, run in runs.items() if name not in ("", "..") and (folder / name / CONFIG).exists()}
+    here = {name: run for name, run in runs.items() if name not in ("", "..") and (folder / name / CONFIG).exists()}
+    if not here:
+        raise HearsaeError(f"{folder / RESULT} names no SAE in it: it was moved without its SAEs, or is damaged")
+    return here
 
 
 def _read(path: Location) -> dict[str, Any] | None:
@@ -289,8 +292,8 @@ def _by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Ite
 
 
 def _text(text: str) -> str:
-    """As it stands: matplotlib would set what is between two dollar signs as a formula, and hide a label that begins with an underscore."""
-    return text.replace("$", r"\$").removeprefix("_")
+    """As it stands: matplotlib would set what is between two dollar signs as a formula."""
+    return text.replace("$", r"\$")
 
 
 # Axes
