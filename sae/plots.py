@@ -270,8 +270,8 @@ def _lines(of: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     sites = len(set(map(_sites, of))) > 1
     names = []
     for named in of:
-        parts = [_sites(named) if sites else "", _group(named), f"k {named['k']}" if named.get("k") else ""]
-        names.append(", ".join(filter(None, parts)))
+        sparsity = [f"{name} {named[name]:g}" for name in ("k", "sparsity") if named.get(name)][:1]
+        names.append(", ".join([*([_sites(named)] if sites else []), _group(named), *sparsity]))
     colours, seen, lines = _styles(names), dict.fromkeys(names, 0), []
     for name, named in zip(names, of, strict=True):
         lines.append((name if len(of) == 1 else f"{name}, seed {named['seed']}", colours[name][0], DASHES[seen[name] % len(DASHES)]))

@@ -54,7 +54,7 @@ class Evaluate(Output):
             with self._bar(rows, folder.name) as bar:
                 measured = evaluate(dictionary, store, on_rows=bar.update)
             firings.append(measured.firings)
-            named = {name: getattr(dictionary.config, name) for name in ("kind", "arch", "d_sae", "k", "seed")}
+            named = {name: getattr(dictionary.config, name) for name in ("kind", "arch", "d_sae", "k", "sparsity", "seed")}
             results.append({"dir": str(folder), **named, **measured.to_json()})
         result: dict[str, Any] = {"results": results}
         if self.baselines and train_store:
@@ -169,7 +169,8 @@ def _same_but_for_seed(configs: Sequence[SaeConfig]) -> list[list[int]]:
     """Numbers of the SAEs in each group of at least two."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, config in enumerate(configs):
-        groups.setdefault((config.arch, config.d_in, config.d_sae, config.k, config.site, config.target), []).append(number)
+        settings = (config.arch, config.d_in, config.d_sae, config.k, config.sparsity, config.site, config.target)
+        groups.setdefault(settings, []).append(number)
     return [group for group in groups.values() if len({configs[number].seed for number in group}) == len(group) > 1]
 
 

@@ -99,6 +99,17 @@ def test_densities_are_the_bins_that_were_counted():
     assert low < 10.0 ** DENSITY_EDGES[20] and high == 1.0
 
 
+def test_saes_are_told_apart_by_what_differs():
+    saes = [measured(), measured(k=0, arch="relu", sparsity=2.0), measured(k=8, arch="jumprelu", sparsity=1.0), measured(target="other")]
+    (axes,) = density_figure(saes).axes
+    assert [patch.get_label().partition(":")[0] for patch in axes.patches] == [
+        f"{SITE}, batchtopk, 64 latents, k 4, seed 0",
+        f"{SITE}, relu, 64 latents, sparsity 2, seed 0",
+        f"{SITE}, jumprelu, 64 latents, k 8, seed 0",
+        f"{SITE} to other, batchtopk, 64 latents, k 4, seed 0",
+    ]
+
+
 def test_names_stand_as_they_are():
     figure = density_figure([measured(site="$x^2$", target="$x^2$")])
     assert figure.axes[0].get_title() == r"\$x^2\$, 1,000 rows", "no formula"
