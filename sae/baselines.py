@@ -57,17 +57,15 @@ class Moments(NamedTuple):
 
 
 def moments(store: ActivationStore, site: str, on_rows: Callable[[int], object] = lambda rows: None) -> Moments:
-    """Mean and covariance of all committed rows, in one pass, in float64. Raises HearsaeError where there are no rows."""
-    near = torch.from_numpy(store.stats(site).mean)
-    shift, square, rows = torch.zeros_like(near), torch.zeros(len(near), len(near), dtype=torch.float64), 0
+    """Mean, from the commit records, and covariance of all committed rows, in one pass, in float64. Raises HearsaeError where there are no rows."""
+    mean = torch.from_numpy(store.stats(site).mean)
+    square, rows = torch.zeros(len(mean), len(mean), dtype=torch.float64), 0
     for x in _rows(store, site):
-        centred = x.double() - near
-        shift += centred.sum(0)
+        centred = x.double() - mean
         square.addmm_(centred.t(), centred)
         rows += len(x)
         on_rows(len(x))
-    shift /= rows
-    return Moments(rows, (near + shift).numpy(), (square / rows - torch.outer(shift, shift)).numpy())
+    return Moments(rows, mean.numpy(), (square / rows).numpy())
 
 
 def random_basis(d: int, seed: int) -> np.ndarray:
@@ -93,26 +91,24 @@ def baselines(
     """
     width = _check(store, train_store, site, ks)
     train = moments(train_store, site, on_rows)
-    mean, near = torch.from_numpy(train.mean).float(), torch.from_numpy(store.stats(site).mean).float()
+    mean, own_mean = torch.from_numpy(train.mean).float(), torch.from_numpy(store.stats(site).mean).float()
     axes, random = (torch.from_numpy(basis).float() for basis in (train.principal_axes(), random_basis(width, seed)))
-    rows, shift = 0, torch.zeros(width, dtype=torch.float64)
-    energy = torch.zeros(2, dtype=torch.float64)
-    """Of the rows about the training mean, and about `near`."""
+    rows, energy = 0, torch.zeros(2, dtype=torch.float64)
+    """Of the rows about the training mean, and about their own."""
     kept = {name: torch.zeros(width, dtype=torch.float64) for name in BASELINES}
     """Sums over rows of the first, the second, ... squared coefficient that is kept."""
     most = max(ks)
     with fast_matmul():
         for x in _rows(store, site):
-            centred, about = x - mean, x - near
+            centred, about = x - mean, x - own_mean
             in_axes = (centred @ axes).square()
             kept["pca"] += in_axes.sum(0, dtype=torch.float64)
             for name, square in (("pca-largest", in_axes), ("neurons", centred.square()), ("random", (centred @ random).square())):
                 kept[name][:most] += square.topk(most, dim=1).values.sum(0, dtype=torch.float64)
             energy += torch.stack([torch.linalg.vecdot(part, part).sum(dtype=torch.float64) for part in (centred, about)])
-            shift += about.sum(0, dtype=torch.float64)
             rows += len(x)
             on_rows(len(x))
-    spread = float(energy[1] - shift.square().sum() / rows)
+    spread = float(energy[1])
     left = {name: (energy[0] - sums.cumsum(0)).clamp(min=0.0) for name, sums in kept.items()}
     return [Baseline(site, name, k, rows, float(left[name][k - 1]) / spread if spread > 0 else float("nan")) for name in BASELINES for k in ks]
 

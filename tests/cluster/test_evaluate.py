@@ -42,6 +42,10 @@ def bench(tmp_path_factory) -> Bench:
     for name, seed in (("a", 0), ("b", 1)):
         make(bench, name, seed=seed)
     make(bench, "wide", d_sae=70)
+    make(bench, "half-dead", seed=2)
+    half_dead = load_dictionary(root / "half-dead")
+    half_dead.b_enc[:25] = -100.0
+    half_dead.save(root / "half-dead")
     make(bench, "transcoder", target=OTHER)
     make(bench, "crosscoder", site=f"{SITE}+{OTHER}", d_in=2 * D_IN, widths=(D_IN, D_IN))
     return bench
@@ -94,6 +98,11 @@ def test_baselines_and_stability_stand_beside_it(bench, capfd):
     assert [(one["a"], one["b"]) for one in result["stability"]] == [(measured[0]["dir"], measured[2]["dir"])]
     assert measured[0]["dead_fraction"] == measured[2]["dead_fraction"] == 0
     assert result["stability"][0]["mean_max_cosine_a"] == pytest.approx(pair.mean_max_cosine_a)
+
+
+def test_latents_that_never_fired_are_left_out_of_stability(bench, capfd):
+    (pair,) = answer(capfd, "--sae", *bench.saes("a", "half-dead"), "--store", bench.test.path, "--stability")["stability"]
+    assert (pair["latents_a"], pair["latents_b"]) == (50, 25)
 
 
 def test_people_get_aligned_tables(bench, capfd):
