@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,7 +104,7 @@ def evaluate(
     # Only something near the rows, so that sums of squares lose no digits: another site may have skipped clips that count here.
     near = torch.from_numpy(np.concatenate([store.stats(name, shards).mean for name in targets])).to(device)
     sums = _Sums([store.sites[name]["width"] for name in targets], near, config.d_sae)
-    with fast_matmul():
+    with fast_matmul() if device.type == "cpu" else nullcontext():  # which on a GPU would round to TF32
         for shard in shards:
             spans = store.spans(shard, *everything)
             for chunk in valid_chunks(store, everything, shard):

@@ -50,6 +50,8 @@ PANELS = {
 NOTHING_LEFT = 1e-6
 """A baseline that keeps (nearly) everything is left out: on a log scale it would take all the room."""
 DPI = 120
+LEGEND_INCHES = 3.4
+"""Width of a column of a legend."""
 PLOTS = "plots"
 RESULT = "train.json"
 """What training leaves in the folder of a run."""
@@ -75,14 +77,13 @@ def pareto_figure(results: Sequence[Mapping[str, Any]], baselines: Sequence[Base
     results: `site`, `l0`, `fvu`, `arch`, `d_sae` and `seed` of each SAE, `target` where that is another site. what: on which rows, for the title.
     """
     panels = list(dict.fromkeys(map(_sites, results)))
-    figure = _figure(1, len(panels), width=6.4 if len(panels) == 1 else 4.8)
+    figure, styles = _figure(1, len(panels), width=6.4 if len(panels) == 1 else 4.8), _styles(map(_group, results))
     for axes, sites in zip(_axes(figure), panels, strict=True):
         here = [result for result in results if _sites(result) == sites and (result["fvu"] or 0) > 0 and result["l0"] > 0]
         for name, (colour, dashes, label) in BASELINE_STYLES.items():
             curve = sorted((one.k, one.fvu) for one in baselines if one.name == name and one.site == sites and one.fvu > NOTHING_LEFT)
             if curve:
                 axes.plot(*np.transpose(curve), color=colour, linestyle=dashes, linewidth=1.2, label=label)
-        styles = _styles(_group(result) for result in here)
         for group, of_group in _by(here, _group).items():
             colour, marker = styles[group]
             for number, of_seed in enumerate(_by(of_group, lambda result: result["seed"]).values()):
@@ -91,9 +92,10 @@ def pareto_figure(results: Sequence[Mapping[str, Any]], baselines: Sequence[Base
                 axes.plot(*points, color=colour, marker=marker, markersize=5, linewidth=1.2, label=named)
         _log_scale(axes, "x")
         _log_scale(axes, "y")
-        of_baselines = "; of baselines, numbers kept of a row" if baselines else ""
+        of_baselines = "; of baselines, numbers kept of a row" if any(one.site == sites for one in baselines) else ""
         axes.set(xlabel=f"L0 (latents a row){of_baselines}", ylabel="FVU", title=_text(sites))
         _finish(axes)
+    _legend_below(figure)
     figure.suptitle(f"What sparsity costs, on {what}")
     return figure
 
@@ -119,6 +121,7 @@ def density_figure(results: Sequence[Mapping[str, Any]]) -> "Figure":
     sites = " and ".join(dict.fromkeys(map(_sites, results)))
     axes.set(xlabel="part of the rows in which a latent fires", ylabel="latents in a bin of a quarter decade", title=_text(f"{sites}, {rows} rows"))
     _finish(axes)
+    _legend_below(figure)
     figure.suptitle("How often latents fire")
     return figure
 
@@ -141,11 +144,10 @@ def training_figure(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Curve]]
             axes.set_ylim(bottom=0, top=None if values.any() else 1)
         axes.set(xlabel="rows", ylabel=label)
         axes.xaxis.set_major_formatter(_rows_formatter())
-        _finish(axes, legend=False)
+        _finish(axes)
     for axes in _axes(figure)[len(shown) :]:
         axes.set_axis_off()
-    handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    _legend_below(figure)
     figure.suptitle(_text(f"Training on {' and '.join(dict.fromkeys(_sites(named) for named, _ in runs))}"))
     return figure
 
@@ -333,10 +335,15 @@ def _rows_formatter() -> Any:
     return EngFormatter(sep="")
 
 
-def _finish(axes: "Axes", legend: bool = True) -> None:
+def _finish(axes: "Axes") -> None:
     axes.grid(True, which="major", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.title.set_fontsize(10)
-    if legend and axes.get_legend_handles_labels()[1]:
-        axes.legend(fontsize=8, frameon=False)
+
+
+def _legend_below(figure: "Figure") -> None:
+    """One for all panels, where it hides nothing."""
+    handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = max(1, round(figure.get_figwidth() / LEGEND_INCHES))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
