@@ -25,6 +25,7 @@ from cache.errors import HearsaeError
 from cache.model import fast_matmul
 from cache.store import ActivationStore
 from sae.chunks import read_valid, valid_chunks
+from sae.metrics import EQUAL
 
 BASELINES = ("pca", "pca-largest", "neurons", "random")
 
@@ -108,9 +109,9 @@ def baselines(
             energy += torch.stack([torch.linalg.vecdot(part, part).sum(dtype=torch.float64) for part in (centred, about)])
             rows += len(x)
             on_rows(len(x))
-    spread = float(energy[1])
+    spread = float(energy[1]) if energy[1] > EQUAL * rows * float(own_mean @ own_mean) else 0.0
     left = {name: (energy[0] - sums.cumsum(0)).clamp(min=0.0) for name, sums in kept.items()}
-    return [Baseline(site, name, k, rows, float(left[name][k - 1]) / spread if spread > 0 else float("nan")) for name in BASELINES for k in ks]
+    return [Baseline(site, name, k, rows, float(left[name][k - 1]) / spread if spread else float("nan")) for name in BASELINES for k in ks]
 
 
 def _check(store: ActivationStore, train_store: ActivationStore, site: str, ks: Sequence[int]) -> int:

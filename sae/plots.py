@@ -81,7 +81,7 @@ def pareto_figure(results: Sequence[Mapping[str, Any]], baselines: Sequence[Base
     for axes, sites in zip(_axes(figure), panels, strict=True):
         here = [result for result in results if _sites(result) == sites and (result["fvu"] or 0) > 0 and result["l0"] > 0]
         for name, (colour, dashes, label) in BASELINE_STYLES.items():
-            curve = sorted((one.k, one.fvu) for one in baselines if one.name == name and one.site == sites and one.fvu > NOTHING_LEFT)
+            curve = sorted((one.k, one.fvu) for one in baselines if one.name == name and one.site == sites and (one.fvu or 0) > NOTHING_LEFT)
             if curve:
                 axes.plot(*np.transpose(curve), color=colour, linestyle=dashes, linewidth=1.2, label=label)
         for group, of_group in _by(here, _group).items():

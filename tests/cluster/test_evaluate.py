@@ -13,6 +13,7 @@ from conftest import fill_store, plan_of
 sys.path.append(str(Path(__file__).parents[1] / "sae"))
 from planted_rows import D_IN, OTHER, SITE, planted_rows, planted_store
 
+from cache.location import location, names_below, put
 from cache.store import ActivationStore
 from cluster.cli import main
 from sae.baselines import baselines
@@ -139,6 +140,28 @@ def test_what_it_found_is_kept(bench, tmp_path, capfd):
     for folder, one in zip(bench.saes("a", "wide"), result["results"], strict=True):
         beside = json.loads((folder / "evaluation.json").read_text())
         assert beside == {key: value for key, value in (kept | one).items() if key not in ("dir", "results", "baselines")}
+
+
+def test_all_of_it_may_lie_in_an_object_store(bench, s3, capfd):
+    place = location(f"s3://{s3.bucket}")
+    for root in (bench.test.path, bench.root / "a"):
+        for name in names_below(root):
+            put(place / root.name / name, (root / name).read_bytes())
+    result = answer(capfd, "--sae", place / "a", "--store", place / "test.zarr", "--out", place / "out", "--save")
+    assert json.loads((place / "out" / "evaluation.json").read_bytes())["results"] == result["results"]
+    assert json.loads((place / "a" / "evaluation.json").read_bytes())["fvu"] == evaluate(load_dictionary(bench.root / "a"), bench.test).fvu
+    for path in (place / "a" / "plots" / "density.png", place / "out" / "plots" / "density.png", place / "out" / "plots" / "pareto.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_without_spread_are_no_reason_to_fail(bench, tmp_path, capfd):
+    plan = plan_of([4.0] * 2, chunk_rows=128, shard_rows=512)
+    fill_store(tmp_path / "equal.zarr", plan, {SITE: D_IN}, lambda site, clip, n: np.full((n, D_IN), 0.1))
+    asked = ("--sae", *bench.saes("a", "b"), "--store", tmp_path / "equal.zarr", "--baselines", "--train-store", bench.train.path)
+    result = answer(capfd, *asked, "--out", tmp_path / "out")
+    assert {one["fvu"] for one in (*result["results"], *result["baselines"])} == {None}
+    status, out, _ = run(capfd, *asked)
+    assert status == 0 and "none" in out
 
 
 def test_nothing_is_kept_unless_asked_for(bench, capfd):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +183,11 @@ def test_what_can_not_be_drawn_is_said_in_one_line(tmp_path):
         (tmp_path / "evaluation.json").write_text(damaged)
         with pytest.raises(HearsaeError, match=r"evaluation\.json is damaged"):
             save_run_plots(tmp_path)
+
+
+def test_matplotlib_is_loaded_only_where_something_is_drawn():
+    code = "import sys, sae.plots, cluster.commands.evaluate; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_a_run_that_names_another_folder_does_not_lead_out_of_its_own(planted, tmp_path):
