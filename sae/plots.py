@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-"""Of Okabe and Ito, which people who see few colours tell apart; without yellow and black, of which one is too light and one is the text's."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933", "#332288")
+"""Of Okabe and Ito, which people who see few colours tell apart, without yellow, which is too light, and black; three more of Paul Tol's."""
 MARKERS = "osD^v<>P"
-"""With the colours in turn: 24 pairs before one comes again."""
+"""With the colours in turn: 72 pairs before one comes again."""
 DASHES = ("-", "--", ":", "-.")
 """Of the first seed, the second, ...: they share a colour."""
 BASELINE_STYLES = {
@@ -50,8 +50,8 @@ PANELS = {
 NOTHING_LEFT = 1e-6
 """A baseline that keeps (nearly) everything is left out: on a log scale it would take all the room."""
 DPI = 120
-LEGEND_INCHES = 3.4
-"""Width of a column of a legend."""
+LEGEND_INCHES, LETTER_INCHES = 0.7, 0.065
+"""Of a column of a legend: width of what stands beside the text, and of a letter of it."""
 PLOTS = "plots"
 RESULT = "train.json"
 """What training leaves in the folder of a run."""
@@ -101,27 +101,27 @@ def pareto_figure(results: Sequence[Mapping[str, Any]], baselines: Sequence[Base
 
 
 def density_figure(results: Sequence[Mapping[str, Any]]) -> "Figure":
-    """How often latents fire: latents by the part of the rows in which they fired, one line for each SAE.
+    """How often latents fire: latents by the part of the rows in which they fired. A panel for each pair of sites, a line in it for each SAE.
 
     results: `density_edges`, `density_count`, `dead_fraction`, `rows` and what names the SAE.
     """
-    figure = _figure(1, 1, width=7.2)
-    (axes,) = _axes(figure)
-    used = np.flatnonzero(np.sum([result["density_count"] for result in results], axis=0))
+    panels = _by(results, _sites)
+    figure = _figure(len(panels), 1, width=9.6)
     edges = 10.0 ** np.asarray(results[0]["density_edges"])
-    for (label, colour, dashes), result in zip(_lines(results), results, strict=True):
-        named = f"{label}: {result['dead_fraction']:.1%} never fired"
-        axes.stairs(result["density_count"], edges, color=colour, linestyle=dashes, linewidth=1.6, label=_text(named))
-    axes.axvline(DENSE, color="0.5", linestyle=":", linewidth=1.2)
-    axes.annotate("dense", (DENSE, 1.0), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", color="0.4")
-    axes.set_xscale("log")
-    axes.set_xlim(edges[max(0, used[0] - 1)] if len(used) else 1e-6, 1.0)
-    axes.set_ylim(bottom=0)
-    rows = " and ".join(f"{n:,}" for n in dict.fromkeys(result["rows"] for result in results))
-    sites = " and ".join(dict.fromkeys(map(_sites, results)))
-    axes.set(xlabel="part of the rows in which a latent fires", ylabel="latents in a bin of a quarter decade", title=_text(f"{sites}, {rows} rows"))
-    _finish(axes)
-    _legend_below(figure)
+    used = np.flatnonzero(np.sum([result["density_count"] for result in results], axis=0))
+    for axes, (sites, here) in zip(_axes(figure), panels.items(), strict=True):
+        for (label, colour, dashes), result in zip(_lines(here), here, strict=True):
+            named = f"{label}\n{result['dead_fraction']:.1%} never fired"
+            axes.stairs(result["density_count"], edges, color=colour, linestyle=dashes, linewidth=1.6, label=_text(named))
+        axes.axvline(DENSE, color="0.5", linestyle=":", linewidth=1.2)
+        axes.annotate("dense", (DENSE, 1.0), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", color="0.4")
+        axes.set_xscale("log")
+        axes.set_xlim(edges[max(0, used[0] - 1)] if len(used) else 1e-6, 1.0)
+        axes.set_ylim(bottom=0)
+        rows = " and ".join(f"{n:,}" for n in dict.fromkeys(result["rows"] for result in here))
+        axes.set(xlabel="part of the rows in which a latent fires", ylabel="latents in a quarter of a decade", title=_text(f"{sites}, {rows} rows"))
+        _finish(axes)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
     figure.suptitle("How often latents fire")
     return figure
 
@@ -307,6 +307,7 @@ def _figure(rows: int, columns: int, width: float) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, 1.2 + (4.2 if rows == columns == 1 else 3.4) * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)  # type: ignore[union-attr, call-arg]
     FigureCanvasAgg(figure)
     figure.subplots(rows, columns)
     return figure
@@ -323,7 +324,7 @@ def _log_scale(axes: "Axes", which: Literal["x", "y"]) -> None:
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axes.dataLim.intervalx if which == "x" else axes.dataLim.intervaly
-    subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 6) if high > 3 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
+    subs = (1, 2, 5) if not low < high <= 10 * low else (1, 1.5, 2, 3, 4, 6) if high > 3 * low else (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
     axis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -345,5 +346,5 @@ def _finish(axes: "Axes") -> None:
 def _legend_below(figure: "Figure") -> None:
     """One for all panels, where it hides nothing."""
     handles = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    columns = max(1, round(figure.get_figwidth() / LEGEND_INCHES))
+    columns = max(1, int(figure.get_figwidth() / (LEGEND_INCHES + LETTER_INCHES * max(map(len, handles), default=0))))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

@@ -93,6 +93,8 @@ class TrainConfig:
     """Seed of the order of the rows, the same for every SAE of a grid."""
     buffer_mib: int = 256
     """Size of the buffer in which rows are mixed; two of them are in memory."""
+    not_finite: Literal["refuse", "skip"] = "refuse"
+    """What to do with rows that have NaN or infinite values: end with an error, or let other rows take their place."""
     lanes: int | None = None
     """Independent parts of the row stream, each a part of every batch: as many workers as this can share the work, and any number of
     them learns the same. Default: the number of workers at the first start."""
@@ -134,6 +136,8 @@ class RunResult(NamedTuple):
     dead_fraction: float
     target: str = ""
     sparsity: float = 0.0
+    skipped_rows: int = 0
+    """Rows that were not finite, counted each time they were read, since the last start."""
 
 
 def train(
@@ -218,7 +222,7 @@ def train(
         if only is not None:
             save()
             return []
-        return ranks.once(partial(_finish, config, identity, folders, trainees, checkpoints(), centres))
+        return ranks.once(partial(_finish, config, identity, folders, trainees, checkpoints(), centres, stream.skipped_rows))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -419,6 +423,7 @@ def _stream(config: TrainConfig, stores: Sequence[ActivationStore], lanes: int, 
         lanes=lanes,
         only=ranks.part(lanes),
         follow_timeout_s=timeout_s,
+        skip_not_finite=config.not_finite == "skip",
     )
 
 
@@ -441,12 +446,15 @@ def _finish(
     trainees: Sequence["Trainee"],
     ends: Sequence[Checkpoint],
     centres: dict[str, Centre],
+    skipped_rows: int,
 ) -> list[RunResult]:
     for folder, trainee, end in zip(folders, trainees, ends, strict=True):
         sae = trainee.sae.config
         read, wanted = (reduce(add, [centres[site] for site in sites]) for sites in (sae.sites, sae.targets))
         trainee.dictionary(rows=end.position).folded(read, wanted).save(folder)
-    results = [_result(folder, trainee, end) for folder, trainee, end in zip(folders, trainees, ends, strict=True)]
+    results = [
+        _result(folder, trainee, end)._replace(skipped_rows=skipped_rows) for folder, trainee, end in zip(folders, trainees, ends, strict=True)
+    ]
     put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
     for path in (config.out / RUN, *(folder / CHECKPOINT for folder in folders)):
         path.unlink(missing_ok=True)

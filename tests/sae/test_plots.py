@@ -94,22 +94,24 @@ def test_densities_are_the_bins_that_were_counted():
     first, second = axes.patches
     assert first.get_data().values.tolist() == measured()["density_count"]
     np.testing.assert_allclose(np.log10(first.get_data().edges), DENSITY_EDGES)
-    assert first.get_label() == "batchtopk, 64 latents, k 4, seed 0: 25.0% never fired"
+    assert first.get_label() == "batchtopk, 64 latents, k 4, seed 0\n25.0% never fired"
     assert first.get_edgecolor() == second.get_edgecolor() and first.get_linestyle() != second.get_linestyle()
     assert axes.get_xscale() == "log"
     low, high = axes.get_xlim()
     assert low < 10.0 ** DENSITY_EDGES[20] and high == 1.0
 
 
-def test_saes_are_told_apart_by_what_differs():
+def test_saes_are_told_apart_by_what_differs_in_a_panel_for_each_site():
     saes = [measured(), measured(k=0, arch="relu", sparsity=2.0), measured(k=8, arch="jumprelu", sparsity=1.0), measured(target="other")]
-    (axes,) = density_figure(saes).axes
-    assert [patch.get_label().partition(":")[0] for patch in axes.patches] == [
-        f"{SITE}, batchtopk, 64 latents, k 4, seed 0",
-        f"{SITE}, relu, 64 latents, sparsity 2, seed 0",
-        f"{SITE}, jumprelu, 64 latents, k 8, seed 0",
-        f"{SITE} to other, batchtopk, 64 latents, k 4, seed 0",
+    here, other = density_figure(saes).axes
+    assert [patch.get_label().partition("\n")[0] for patch in here.patches] == [
+        "batchtopk, 64 latents, k 4, seed 0",
+        "relu, 64 latents, sparsity 2, seed 0",
+        "jumprelu, 64 latents, k 8, seed 0",
     ]
+    assert len({patch.get_edgecolor() for patch in here.patches}) == 3
+    assert other.get_title() == f"{SITE} to other, 1,000 rows"
+    assert [patch.get_label() for patch in other.patches] == ["batchtopk, 64 latents, k 4\n25.0% never fired"]
 
 
 def test_names_stand_as_they_are():
@@ -135,6 +137,8 @@ def test_saved_pictures_are_whole_and_the_same_each_time(tmp_path):
         save_density(results, tmp_path / f"density-{name}")
     pixels = png(tmp_path / "a.png")
     png(tmp_path / "density-a.png")
+    save_density([*results, *(measured(site=f"encoder.blocks.{i}.mlp.1", target=f"encoder.blocks.{i}.mlp_ln") for i in range(3))], tmp_path / "c.png")
+    png(tmp_path / "c.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     for colour in COLOURS[:2]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

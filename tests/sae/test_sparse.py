@@ -71,7 +71,7 @@ def test_what_is_kept_equals_what_the_plain_twin_keeps(kind):
         for n in (1, 3):
             with threads(n):
                 hold_equal(select(pre, keep), expected)
-                hold_equal(select_slices(lambda: iter(pre.split(37)), keep, len(pre)), expected)
+                hold_equal(select_slices(lambda: iter(pre.split(37)), torch.zeros(pre.shape[1]), keep, len(pre)), expected)
 
 
 @pytest.mark.parametrize("hint", [0.0, 0.5, 1.2, 5.0])
@@ -139,6 +139,14 @@ def test_threads_change_no_bit():
     with threads(3):
         three = halves(encode, decode_error, BatchTopK(2800), True, [10, 96])
     assert all(torch.equal(a, b) for a, b in zip((*one[0][1:], *one[2][1:4]), (*three[0][1:], *three[2][1:4]), strict=True))
+
+
+def test_the_plain_halves_take_values_that_autocast_has_rounded():
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, error, _ = halves(encode_plain, decode_error_plain, TopK(5), True, [10, 96])
+    assert codes.value.dtype == torch.float32
+    weighted = float((error.of_prefixes * torch.tensor([0.5, 1.5])).sum())
+    assert float(error.weighted.detach()) == pytest.approx(weighted, rel=1e-6)
 
 
 def test_rows_without_codes_decode_to_zero():
