@@ -90,8 +90,11 @@ def pareto_figure(results: Sequence[Mapping[str, Any]], baselines: Sequence[Base
                 points = np.transpose(sorted((result["l0"], result["fvu"]) for result in of_seed))
                 named = _text(group) if number == 0 else None
                 axes.plot(*points, color=colour, marker=marker, markersize=5, linewidth=1.2, label=named)
-        _log_scale(axes, "x")
-        _log_scale(axes, "y")
+        if axes.lines:
+            _log_scale(axes, "x")
+            _log_scale(axes, "y")
+        else:
+            axes.annotate("no FVU or L0 above 0", (0.5, 0.5), xycoords="axes fraction", ha="center")
         of_baselines = "; of baselines, numbers kept of a row" if any(one.site == sites for one in baselines) else ""
         axes.set(xlabel=f"L0 (latents a row){of_baselines}", ylabel="FVU", title=_text(sites))
         _finish(axes)
@@ -116,7 +119,7 @@ def density_figure(results: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.axvline(DENSE, color="0.5", linestyle=":", linewidth=1.2)
         axes.annotate("dense", (DENSE, 1.0), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", color="0.4")
         axes.set_xscale("log")
-        axes.set_xlim(edges[max(0, used[0] - 1)] if len(used) else 1e-6, 1.0)
+        axes.set_xlim(min(edges[max(0, used[0] - 1)] if len(used) else 1.0, DENSE / 10), 1.0)
         axes.set_ylim(bottom=0)
         rows = " and ".join(f"{n:,}" for n in dict.fromkeys(result["rows"] for result in here))
         axes.set(xlabel="part of the rows in which a latent fires", ylabel="latents in a quarter of a decade", title=_text(f"{sites}, {rows} rows"))

@@ -139,6 +139,9 @@ def test_saved_pictures_are_whole_and_the_same_each_time(tmp_path):
     png(tmp_path / "density-a.png")
     save_density([*results, *(measured(site=f"encoder.blocks.{i}.mlp.1", target=f"encoder.blocks.{i}.mlp_ln") for i in range(3))], tmp_path / "c.png")
     png(tmp_path / "c.png")
+    always = [0] * (len(DENSITY_EDGES) - 2) + [9]
+    save_density([measured(density_count=always), measured(density_count=[0] * len(always), seed=1)], tmp_path / "always.png")
+    png(tmp_path / "always.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     for colour in COLOURS[:2]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
