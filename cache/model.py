@@ -168,6 +168,14 @@ def model_names() -> list[str]:
     return [micro.NAME, *whisper.available_models()]
 
 
+def name_of_checkpoint(sha256: str) -> str:
+    """Which of `model_names()` the checkpoint with this SHA-256 is; empty for any other."""
+    for name, url in whisper._MODELS.items():
+        if url.split("/")[-2] == sha256:  # where openai-whisper has it from too
+            return name
+    return micro.NAME if micro.MODEL.is_file() and hashlib.sha256(micro.MODEL.read_bytes()).hexdigest() == sha256 else ""
+
+
 def _checkpoint_path(name: str) -> Location:
     if name == micro.NAME:
         if not micro.MODEL.is_file():

@@ -193,7 +193,7 @@ def _save_sae_plots(folder: Location, named: Mapping[str, Any], curves: Mapping[
     evaluation = _read(folder / EVALUATION)
     if evaluation:
         try:
-            drawn.append(_save(density_figure([evaluation]), folder / PLOTS / "density.png"))
+            drawn.append(_save(density_figure([{**named, **evaluation}]), folder / PLOTS / "density.png"))
         except (KeyError, TypeError, ValueError) as error:
             raise HearsaeError(f"{folder / EVALUATION} is damaged ({error!r}): evaluate it again with --save") from error
     return drawn
@@ -267,7 +267,7 @@ def _sites(named: Mapping[str, Any]) -> str:
 
 
 def _group(named: Mapping[str, Any]) -> str:
-    return f"{named['arch']}, {named['d_sae']} latents"
+    return f"{named.get('arch', 'SAE')}, {named.get('d_sae', '?')} latents"
 
 
 def _lines(of: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

@@ -22,6 +22,8 @@ from sae.similarity import stability
 
 NAMES = {"pca": "PCA", "pca-largest": "PCA, k largest", "neurons": "neurons, k largest", "random": "random, k largest"}
 """Of `BASELINES`, in the table."""
+NAMED_BY = ("kind", "arch", "d_sae", "k", "sparsity", "seed")
+"""Fields of an SAE's config that stand in the results. Beside the SAE they are left out: config.json has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class Evaluate(Output):
             with self._bar(rows, folder.name) as bar:
                 measured = evaluate(dictionary, store, on_rows=bar.update)
             firings.append(measured.firings)
-            named = {name: getattr(dictionary.config, name) for name in ("kind", "arch", "d_sae", "k", "sparsity", "seed")}
+            named = {name: getattr(dictionary.config, name) for name in NAMED_BY}
             results.append({"dir": str(folder), **named, **measured.to_json()})
         result: dict[str, Any] = {"results": results}
         if self.baselines and train_store:
@@ -105,7 +107,7 @@ class Evaluate(Output):
     def _write(self, store: ActivationStore, result: dict[str, Any]) -> None:
         source = {"store": store.path.name, "plan_hash": store.header.plan["hash"], "hearsae": version("hearsae")}
         for folder, one in zip(self.sae, result["results"], strict=True) if self.save else ():
-            own = {key: value for key, value in one.items() if key != "dir"}
+            own = {key: value for key, value in one.items() if key not in ("dir", *NAMED_BY)}
             put(folder / EVALUATION, json.dumps(source | own, indent=1, allow_nan=False).encode())
             save_density([one], folder / PLOTS / "density.png")
         if self.out:

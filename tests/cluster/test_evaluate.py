@@ -17,6 +17,7 @@ from cache.location import location, names_below, put
 from cache.store import ActivationStore
 from cluster.cli import main
 from sae.baselines import baselines
+from sae.card import model_card
 from sae.metrics import evaluate
 from sae.models import Dictionary, SaeConfig, load_dictionary
 from sae.similarity import stability
@@ -139,7 +140,9 @@ def test_what_it_found_is_kept(bench, tmp_path, capfd):
         assert path.read_bytes().startswith(b"\x89PNG")
     for folder, one in zip(bench.saes("a", "wide"), result["results"], strict=True):
         beside = json.loads((folder / "evaluation.json").read_text())
-        assert beside == {key: value for key, value in (kept | one).items() if key not in ("dir", "results", "baselines")}
+        config = ("kind", "arch", "d_sae", "k", "sparsity", "seed")
+        assert beside == {key: value for key, value in (kept | one).items() if key not in ("dir", "results", "baselines", *config)}
+        assert f"| fraction of variance unexplained | {one['fvu']:.4g} |" in model_card(folder)
 
 
 def test_all_of_it_may_lie_in_an_object_store(bench, s3, capfd):

@@ -156,7 +156,7 @@ def test_a_finished_run_gets_its_pictures(planted, tmp_path):
     assert curves["l0"].rows.tolist() == list(range(512, 256 * 40 + 1, 512))
     assert curves["l0"].value == pytest.approx(3.0)
 
-    evaluation = evaluate(load_dictionary(tmp_path / "run"), planted).to_json() | {"arch": "batchtopk", "d_sae": 32, "k": 3, "seed": 0}
+    evaluation = evaluate(load_dictionary(tmp_path / "run"), planted).to_json()
     put(tmp_path / "run" / "evaluation.json", json.dumps(evaluation).encode())
     assert [path.name for path in save_run_plots(tmp_path / "run")] == ["training.png", "density.png"]
     png(tmp_path / "run" / "plots" / "density.png")
