@@ -28,7 +28,7 @@ from torch import Tensor
 
 from cache.model import fast_matmul
 from sae.models import Dictionary, SaeConfig
-from sae.train import TrainConfig
+from sae.train_config import TrainConfig
 from sae.trainee import Trainee
 
 Step = Callable[[Tensor], float]

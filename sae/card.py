@@ -33,6 +33,11 @@ METRICS = {
     "l0": "latents that fire in a row, mean",
     "dead_fraction": "part of the latents that never fired",
     "dense_fraction": "part of the latents that fired in more than a tenth of the rows",
+    "explained_variance": "variance explained",
+    "cosine": "cosine of rows and their reconstructions, mean",
+    "centred_cosine": "the same about the mean",
+    "reconstruction_bias": "relative reconstruction bias (2404.16014)",
+    "centred_reconstruction_bias": "the same about the mean",
 }
 """What the numbers of an evaluation are; others are shown by their names."""
 

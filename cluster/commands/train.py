@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.commands import Output
 from cluster.training import RankOptions, train_on
-from sae.train import TrainConfig
+from sae.train_config import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from planted_rows import OTHER, SITE, planted_store
 from cache.errors import HearsaeError
 from cluster.training import RankOptions, train_on
 from cluster.workers import session
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 pytestmark = pytest.mark.cluster
 

@@ -19,7 +19,8 @@ from sae.baselines import Baseline
 from sae.metrics import DENSITY_EDGES, evaluate
 from sae.models import load_dictionary
 from sae.plots import COLOURS, Curve, density_figure, pareto_figure, read_curves, save_density, save_pareto, save_run_plots, training_figure
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 SMALL = {"batch": 256, "rows": 256 * 40, "threads": 1, "quiet": True, "log_every": 512}
 

@@ -19,10 +19,11 @@ from sae.metrics import evaluate
 from sae.models import ARCHS, WITH_K, SaeConfig, load_dictionary
 from sae.objectives import _Jump
 from sae.selection import BatchTopK, select
-from sae.train import TrainConfig, learning_rate_factor, train
+from sae.train import learning_rate_factor, train
+from sae.train_config import TrainConfig
 from sae.trainee import Trainee
 
-SMALL = {"d_sae": (64,), "k": (PER_ROW,), "batch": 256, "threads": 1, "quiet": True, "lr": 4e-3}
+SMALL = {"d_sae": (64,), "k": (PER_ROW,), "batch": 256, "threads": 1, "plots": False, "quiet": True, "lr": 4e-3}
 
 
 @pytest.fixture(scope="session")
@@ -230,7 +231,8 @@ def test_dead_latents_are_brought_back(planted):
 
 def test_what_lies_beside_the_result_tells_how_it_was_made(planted, tmp_path):
     out = tmp_path / "sae"
-    results = train(config_for(planted, out, seed=(7,)))
+    results = train(config_for(planted, out, seed=(7,), plots=True))
+    assert (out / "plots" / "training.png").read_bytes().startswith(b"\x89PNG")
     config = load_dictionary(out).config
     assert (config.site, config.seed, config.rows, config.store) == (SITE, 7, 256 * 60, ("acts.zarr",))
     assert (config.model_sha256, config.plan_hash) == (planted.header.model["sha256"], (planted.header.plan["hash"],))
