@@ -37,7 +37,7 @@ WIDTH = 256
 
 
 def config_for(store: str, out: Path, **settings) -> TrainConfig:
-    small = {"d_sae": (WIDTH,), "k": (3,), "batch": BATCH, "rows": BATCH * STEPS, "lr": 2e-3, "threads": 1, "quiet": True}
+    small = {"d_sae": (WIDTH,), "k": (3,), "batch": BATCH, "rows": BATCH * STEPS, "lr": 2e-3, "threads": 1, "plots": False, "quiet": True}
     often = {"log_every": BATCH, "checkpoint_every": CHECKPOINT, "dead_after": 4000}
     return TrainConfig(**{"store": (Path(store),), "site": (SITE,), "out": out} | small | often | settings)
 

@@ -22,7 +22,7 @@ from sae.plots import COLOURS, Curve, density_figure, pareto_figure, read_curves
 from sae.train import train
 from sae.train_config import TrainConfig
 
-SMALL = {"batch": 256, "rows": 256 * 40, "threads": 1, "quiet": True, "log_every": 512}
+SMALL = {"batch": 256, "rows": 256 * 40, "threads": 1, "plots": False, "quiet": True, "log_every": 512}
 
 
 @pytest.fixture(scope="module")
