@@ -123,6 +123,8 @@ def open_features(spec: str, store: ActivationStore, seed: int = 0) -> Features:
 def _open_sae(folder: Location, store: ActivationStore) -> SaeLatents:
     dictionary = load_dictionary(folder)
     config = dictionary.config
+    if config.kind == "crosscoder":
+        raise HearsaeError(f"the SAE in {folder} is a crosscoder of {', '.join(config.sites)}: scans of several sites at once are not built yet")
     if config.site not in store.sites:
         raise HearsaeError(f"the SAE in {folder} is for site '{config.site}', which {store.path} lacks; it has: {', '.join(sorted(store.sites))}")
     width, sha256 = store.sites[config.site]["width"], store.header.model["sha256"]

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_sparse import KINDS, pre_of
 
+import sae.trainee
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
-from sae.models import SaeConfig
+from sae.models import ARCHS, WITH_K, SaeConfig
 from sae.ranks import Ranks
 from sae.selection import BatchTopK, select, select_batch_topk_of_ranks, select_batch_topk_of_ranks_plain
 from sae.train import train
@@ -101,7 +102,10 @@ def whole_of(codes) -> tuple[torch.Tensor, ...]:
 def some_steps(ranks: Ranks, arch: str) -> tuple[list[float], dict[str, torch.Tensor], dict[str, float]]:
     """Losses and final state after 40 steps, some of them with dead latents."""
     recipe = TrainConfig((), (), Path(), lr=4e-3, dead_after=300)
-    trainee = Trainee(SaeConfig(arch, D_IN, 64, 0 if arch == "relu" else PER_ROW), recipe, torch.device("cpu"), ranks)
+    sae.trainee.START_ROWS = 32  # of the first rank, however many there are
+    has_k = arch in WITH_K or arch == "jumprelu"
+    config = SaeConfig(arch, D_IN, 64, PER_ROW if has_k else 0, sparsity=1.0 if has_k else 0.01)
+    trainee = Trainee(config, recipe, torch.device("cpu"), ranks)
     with torch.no_grad():
         trainee.sae.b_enc[:20] = -7.0
     losses = []
@@ -112,10 +116,10 @@ def some_steps(ranks: Ranks, arch: str) -> tuple[list[float], dict[str, torch.Te
     return losses, {name: tensor.clone() for name, tensor in trainee.state().tensors.items()}, trainee.running
 
 
-@pytest.mark.parametrize("arch", ["batchtopk", "topk", "relu"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_ranks_end_every_step_with_the_same_bits_and_with_those_of_one_process_nearly(on_ranks, arch):
     losses, state, running = some_steps(Ranks(), arch)
-    if arch != "relu":
+    if arch in WITH_K:
         assert running["aux_loss"] > 0, "no latent was dead"
     for world in (2, 3):
         first, *others = on_ranks(world, some_steps, arch)

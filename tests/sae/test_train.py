@@ -195,8 +195,11 @@ def test_a_run_that_died_goes_on_bit_for_bit(planted, tmp_path, arch):
         assert (ours.fvu, ours.l0, ours.dead_fraction, ours.rows) == (theirs.fvu, theirs.l0, theirs.dead_fraction, theirs.rows)
 
 
-def test_each_sae_of_a_grid_is_as_if_trained_alone(planted, tmp_path):
-    results = train(config_for(planted, tmp_path / "grid", d_sae=(32, 64), k=(2, PER_ROW), seed=(0, 1), dead_after=3000))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_each_sae_of_a_grid_is_as_if_trained_alone(planted, tmp_path, threads):
+    """Side by side, too: two threads take up two SAEs, not halves of a product."""
+    grid = {"d_sae": (32, 64), "k": (2, PER_ROW), "seed": (0, 1), "dead_after": 3000, "threads": threads}
+    results = train(config_for(planted, tmp_path / "grid", **grid))
     assert len({result.dir for result in results}) == len(results) == 8
     for result in results[::3]:
         alone = tmp_path / "alone" / Path(result.dir).name
