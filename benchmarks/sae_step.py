@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from sae.models import SaeConfig
-from sae.train import TrainConfig, Trainee
+from sae.train import TrainConfig
+from sae.trainee import Trainee
 
 
 def make(d_in: int, d_sae: int, k: int, batch: int) -> Callable[[torch.Tensor], float]:
     """A function that trains on float32 rows [batch, d_in], centred and of mean squared norm d_in, and returns the loss."""
     recipe = TrainConfig(store=(), site=(), out=Path())
     trainee = Trainee(SaeConfig("batchtopk", d_in, d_sae, k), recipe, torch.device("cpu"))
-    buffer = torch.empty(batch * d_sae)
-    return lambda x: trainee.step(x, 1.0, buffer)
+    return trainee.step

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from cache.errors import HearsaeError
 from cache.location import Location, location, put
-from sae.sparse import Codes, SparseRows, decode_rows, select_above, select_topk
+from sae.selection import Above, Codes, SparseRows, TopK, select
+from sae.sparse import decode_rows
 
 __all__ = ["ARCHS", "Codes", "Dictionary", "SaeConfig", "load_dictionary"]
 
@@ -79,6 +80,8 @@ class SaeConfig:
     """Names of the stores it was trained on."""
     plan_hash: tuple[str, ...] = ()
     """Of those stores."""
+    sparsity: float = 0.0
+    """Coefficient of the penalty it was trained with, where it has one."""
     rows: int = 0
     """Rows seen in training."""
     scale: float = 1.0
@@ -163,9 +166,7 @@ class Dictionary(nn.Module):
 
     def codes(self, pre: Tensor) -> SparseRows:
         """What is kept of the pre-activations [rows, d_sae] at inference, by architecture."""
-        if self.config.arch == "topk":
-            return select_topk(pre, self.config.k)
-        return select_above(pre, self.threshold)
+        return select(pre, TopK(self.config.k) if self.config.arch == "topk" else Above(self.threshold))
 
     def encode(self, x: Tensor) -> Tensor:
         """[rows, d_in] -> dense values [rows, d_sae], float32; differentiable. Raises HearsaeError for rows of another width."""

@@ -1,11 +1,12 @@
-"""Sparse codes of rows: which latents are kept, and the sparse products of training.
+"""The products of training on sparse codes.
 
 Of the five matrix products of a training step only the encoder's has to be dense: decoding and both weight gradients touch
-`k` latents a row. Each fast path here has a plain twin, `*_plain`, that says in dense PyTorch what it must equal.
+`k` latents a row. `encode` and `decode_error` are the two halves of a step, each differentiable, with what an architecture does to the
+values between them; each has a plain twin, `*_plain`, that says in dense PyTorch what it must equal.
 """
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,224 +14,165 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae.ranks import Ranks
+from sae import kernels
+from sae.kernels import spread
+from sae.selection import BatchTopK, Keep, SparseRows, on_kernels, select, select_plain, select_slices
 
-BOUND_SAMPLE_ROWS = 128
-"""Rows from which `select_batch_topk` guesses where the cut lies."""
-BOUND_SLACK = 1.25
-"""It guesses low, for this many times the values wanted: a guess that is too high costs a second pass."""
-DIGITS = ((20, 11), (10, 10), (0, 10))
-"""A positive float32 as three digits, from the highest on: how far right it lies, how many bits it has. As a whole, bits order like values."""
-
-
-class Codes(NamedTuple):
-    """Sparse codes of n rows: entries sorted by (row, latent), nonzero values only."""
-
-    row: np.ndarray
-    """int64 [nnz]"""
-    latent: np.ndarray
-    """int32 [nnz]"""
-    value: np.ndarray
-    """float32 [nnz]"""
+SLICE_VALUES = 1 << 21
+"""Pre-activations of a slice: 8 MiB of float32, which stay near until they are looked through."""
+LEAST_SLICE_ROWS = 128
+"""Below this the product gets slower than what is gained."""
 
 
-class SparseRows(NamedTuple):
-    """The same in compressed rows, as the products want it: entries sorted by (row, latent), positive values only."""
+class ByLatent:
+    """The entries of sparse rows in the order of latents, which both weight gradients sum over; made when first asked for."""
 
-    start: Tensor
-    """int32 [rows + 1]: the entries of row i are `start[i]:start[i + 1]`."""
-    latent: Tensor
-    """int32 [nnz]"""
-    value: Tensor
-    """float32 [nnz]"""
+    def __init__(self, start: Tensor, latent: Tensor, d_sae: int) -> None:
+        self._start, self._latent, self.d_sae = start, latent, d_sae
 
-    def rows(self) -> Tensor:
-        """int32 [nnz]: the row of each entry."""
-        n = len(self.start) - 1
-        return torch.repeat_interleave(torch.arange(n, dtype=torch.int32, device=self.start.device), self.start.diff())
+    @cached_property
+    def order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int32: bounds of each latent's entries [d_sae + 1]; the row of each entry [nnz]; its place among the rows' entries [nnz]."""
+        bounds, row, entry = np.zeros(self.d_sae + 1, np.int32), *(np.empty(len(self._latent), np.int32) for _ in range(2))
+        kernels.transpose(self._start.numpy(), self._latent.numpy(), bounds, row, entry)
+        return bounds, row, entry
 
-
-Select = Callable[[Tensor], SparseRows]
-"""Pre-activations [rows, d_sae] -> the values that are kept."""
-
-
-# Which values are kept
+    def add_up(self, factor: Tensor, rows: Tensor, total: Tensor, first: int, last: int) -> None:
+        """total[l] = sum over the entries of latent l of factor [nnz] * rows[row], for the latents from first to last."""
+        arrays = (*self.order, factor.numpy(), rows.numpy())
+        spread(lambda begin, end: kernels.sum_by_latent(*arrays, first + begin, first + end, total.numpy()), last - first)
 
 
-def select_above(pre: Tensor, threshold: Tensor | float) -> SparseRows:
-    """The values greater than the threshold and 0. pre: float32 [rows, d_sae]; threshold: one, or [d_sae]."""
-    if isinstance(threshold, Tensor) and threshold.ndim:
-        index = (pre > threshold.clamp(min=0.0)).flatten().nonzero()[:, 0]
-    else:
-        index = _above(pre.flatten(), max(float(threshold), 0.0))
-    return _from_flat(index, pre)
+class Encoded(NamedTuple):
+    """What is kept of the pre-activations of rows."""
+
+    codes: SparseRows
+    """Their values are differentiable."""
+    by_latent: ByLatent
 
 
-def select_topk(pre: Tensor, k: int) -> SparseRows:
-    """The k largest positive values of each row. pre: float32 [rows, d_sae]."""
-    latent = pre.topk(k, sorted=False).indices.sort(dim=1).values
-    value = pre.gather(1, latent)
-    kept = value > 0
-    start = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
-    return SparseRows(start, latent[kept].int(), value[kept])
+class Error(NamedTuple):
+    """What is left of y [rows, d_out] by the reconstructions from each prefix of the latents."""
+
+    weighted: Tensor
+    """[]: the weighted sum of the squared errors; differentiable."""
+    of_prefixes: Tensor
+    """[prefixes]: the squared error of each."""
+    residual: Tensor
+    """[rows, d_out]: what all latents leave."""
 
 
-def select_batch_topk(pre: Tensor, n: int) -> SparseRows:
-    """The n largest positive values of the whole batch; of equal values at the cut those of the first rows and latents.
+def prefixes_of(d_sae: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bounds and weights of the one prefix that is the whole dictionary."""
+    return torch.tensor([d_sae], dtype=torch.int32, device=device), torch.ones(1, device=device)
 
-    Exact without sorting rows * d_sae values: only those above a bound that is surely low enough are looked at twice.
-    pre: float32 [rows, d_sae].
+
+def encode(x: Tensor, b_in: Tensor | None, W_enc: Tensor, b_enc: Tensor, keep: Keep) -> Encoded:
+    """What `keep` keeps of (x - b_in) @ W_enc + b_enc. Gradients reach the parameters, not `x`.
+
+    x: float32 [rows, d_in]. W_enc: [d_in, d_sae], transposed in memory. b_in: None where x is not shifted.
     """
-    if pre.is_cuda:
-        return select_batch_topk_plain(pre, n)
-    flat = pre.numpy().reshape(-1)
-    bound = _low_bound(pre.numpy(), n)
-    index = np.flatnonzero(flat > bound)
-    if len(index) < n and bound > 0:
-        index = np.flatnonzero(flat > 0)
-    if len(index) > n:
-        value = flat[index]
-        cut = np.partition(value, len(value) - n)[len(value) - n]
-        keep = value > cut
-        ties = np.flatnonzero(value == cut)
-        keep[ties[: n - np.count_nonzero(keep)]] = True
-        index = index[keep]
-    return _from_flat(torch.from_numpy(index), pre)
+    if not on_kernels(x):
+        return encode_plain(x, b_in, W_enc, b_enc, keep)
+    out: list[ByLatent] = []
+    codes = SparseRows(*_Encode.apply(x, b_in, W_enc, b_enc, keep, out))
+    return Encoded(codes, out[0])
 
 
-def select_batch_topk_plain(pre: Tensor, n: int) -> SparseRows:
-    """Twin of `select_batch_topk`: sorts everything."""
-    value, index = pre.flatten().sort(descending=True, stable=True)
-    return _from_flat(index[:n][value[:n] > 0].sort().values, pre)
+def encode_plain(x: Tensor, b_in: Tensor | None, W_enc: Tensor, b_enc: Tensor, keep: Keep) -> Encoded:
+    """Twin of `encode`: dense, differentiated by PyTorch."""
+    pre = torch.addmm(b_enc, x if b_in is None else x - b_in, W_enc)
+    codes = select_plain(pre.detach(), keep)
+    return Encoded(codes._replace(value=pre[codes.rows().long(), codes.latent.long()]), ByLatent(codes.start, codes.latent, len(b_enc)))
 
 
-def select_batch_topk_of_ranks(pre: Tensor, n: int, ranks: Ranks) -> SparseRows:
-    """This rank's part of what `select_batch_topk` selects from the rows of all ranks, one rank's after the other's.
+def decode_error(encoded: Encoded, W_dec: Tensor, b_dec: Tensor, y: Tensor, bounds: Tensor, weights: Tensor) -> Error:
+    """Squared errors of codes @ W_dec + b_dec against y [rows, d_out], and of those from latents below each of the bounds alone.
 
-    Exact: the n-th largest value is found digit by digit from counts that are summed over the ranks (a radix selection), so that only
-    counters travel. pre: float32 [rows, d_sae], of this rank; the number of rows may differ between ranks. n: of all ranks.
+    Gradients reach the values of the codes and the parameters. bounds: int32 [prefixes], ascending, the last d_sae; weights: float32
+    [prefixes], of the errors.
     """
-    flat = pre.flatten()
-    bounds = ranks.table(torch.tensor([0.0 if pre.is_cuda else _low_bound(pre.numpy(), n // ranks.world)], device=pre.device))
-    for bound in dict.fromkeys((float(bounds.min()), 0.0)):
-        index = _above(flat, bound)
-        counts = _digit_counts(flat[index].view(torch.int32), 0, ranks)
-        if counts.sum() >= n:
-            break
-    else:
-        return _from_flat(index, pre)  # all positive values of all ranks are too few
-
-    bits, prefix, wanted = flat[index].view(torch.int32), 0, n
-    for digit, (_shift, width) in enumerate(DIGITS):
-        if digit:
-            counts = _digit_counts(bits[bits >> DIGITS[digit - 1][0] == prefix], digit, ranks)
-        larger = counts.sum(0).flip(0).cumsum(0).flip(0)  # how many have this digit or a larger one
-        value = int((larger >= wanted).nonzero()[-1])
-        wanted -= int(larger[value + 1]) if value + 1 < len(larger) else 0
-        prefix = prefix << width | value
-    before = int(counts[: ranks.rank, value].sum())
-    ties = (bits == prefix).nonzero()[:, 0][: max(0, wanted - before)]
-    keep = bits > prefix
-    keep[ties] = True
-    return _from_flat(index[keep], pre)
+    if not on_kernels(y):
+        return decode_error_plain(encoded, W_dec, b_dec, y, bounds, weights)
+    return Error(*_DecodeError.apply(encoded.codes.value, W_dec, b_dec, y, encoded, bounds, weights))
 
 
-def select_batch_topk_of_ranks_plain(pre: Tensor, n: int, ranks: Ranks) -> SparseRows:
-    """Twin of `select_batch_topk_of_ranks`: every rank gets all rows, selects, and keeps its own."""
-    rows = [int(count) for count in ranks.table(torch.tensor([len(pre)]))]
-    everything = torch.zeros(sum(rows), pre.shape[1])
-    first = sum(rows[: ranks.rank])
-    everything[first : first + len(pre)] = pre
-    ranks.sum(everything)
-    codes = select_batch_topk_plain(everything, n)
-    start = codes.start[first : first + len(pre) + 1]
-    return SparseRows(start - start[0], codes.latent[start[0] : start[-1]], codes.value[start[0] : start[-1]])
-
-
-def _digit_counts(bits: Tensor, digit: int, ranks: Ranks) -> Tensor:
-    """int64 [ranks, 2^width]: how many of each rank's values have which digit."""
-    shift, width = DIGITS[digit]
-    return ranks.table(torch.bincount(bits >> shift & (1 << width) - 1, minlength=1 << width))
-
-
-def _above(flat: Tensor, bound: float) -> Tensor:
-    """int64: where the values are greater than the bound."""
-    return torch.nonzero(flat > bound)[:, 0] if flat.is_cuda else torch.from_numpy(np.flatnonzero(flat.numpy() > bound))
-
-
-def _low_bound(pre: np.ndarray, n: int) -> float:
-    """A guess, rather too low than too high, of the n-th largest value; at least 0."""
-    sample = pre[:: max(1, len(pre) // BOUND_SAMPLE_ROWS)].reshape(-1)
-    wanted = int(n / pre.size * sample.size * BOUND_SLACK) + 1
-    return 0.0 if wanted >= sample.size else max(0.0, float(np.partition(sample, sample.size - wanted)[sample.size - wanted]))
-
-
-def _from_flat(index: Tensor, pre: Tensor) -> SparseRows:
-    """index: int64 [nnz], ascending, into `pre` flattened."""
-    rows, d_sae = pre.shape
-    row = index // d_sae
-    start = F.pad(torch.bincount(row, minlength=rows).cumsum(0), (1, 0)).int()
-    return SparseRows(start, (index - row * d_sae).int(), pre.flatten()[index])
-
-
-# Products
+def decode_error_plain(encoded: Encoded, W_dec: Tensor, b_dec: Tensor, y: Tensor, bounds: Tensor, weights: Tensor) -> Error:
+    """Twin of `decode_error`: dense, differentiated by PyTorch."""
+    codes = encoded.codes
+    z = torch.zeros(len(y), len(W_dec), device=y.device).index_put((codes.rows().long(), codes.latent.long()), codes.value)
+    residuals = [y - b_dec - z[:, :bound] @ W_dec[:bound] for bound in bounds.tolist()]
+    errors = torch.stack([residual.square().sum() for residual in residuals])
+    return Error(errors @ weights, errors.detach(), residuals[-1].detach())
 
 
 def decode_rows(codes: SparseRows, W_dec: Tensor) -> Tensor:
-    """codes @ W_dec: [rows, d_in]."""
+    """codes @ W_dec: [rows, d_out]."""
     return F.embedding_bag(codes.latent, W_dec, codes.start, mode="sum", per_sample_weights=codes.value, include_last_offset=True)
 
 
-def autoencode(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, select: Select, buffer: Tensor) -> tuple[Tensor, SparseRows]:
-    """Encodes, keeps what `select` keeps, decodes: (reconstruction [rows, d_in], codes). Gradients reach the four parameters, not `x`.
-
-    buffer: float32 [rows, d_sae], overwritten with the pre-activations: fresh memory of that size costs as much as the selection.
-    """
-    if x.is_cuda or not torch.backends.mkl.is_available():
-        return autoencode_plain(x, W_enc, b_enc, W_dec, b_dec, select)
-    x_hat, *codes = _Autoencode.apply(x, W_enc, b_enc, W_dec, b_dec, select, buffer)
-    return x_hat, SparseRows(*codes)
-
-
-def autoencode_plain(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, select: Select) -> tuple[Tensor, SparseRows]:
-    """Twin of `autoencode`: dense, differentiated by PyTorch."""
-    pre = (x - b_dec) @ W_enc + b_enc
-    codes = select(pre.detach())
-    mask = torch.zeros_like(pre)
-    mask[codes.rows().long(), codes.latent.long()] = 1.0
-    return (pre * mask) @ W_dec + b_dec, codes
-
-
-class _Autoencode(torch.autograd.Function):
+class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, select: Select, buffer: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        centred = x - b_dec
-        codes = select(torch.addmm(b_enc, centred, W_enc, out=buffer))
-        ctx.save_for_backward(centred, W_enc, W_dec, *codes)
-        ctx.mark_non_differentiable(*codes)
-        return decode_rows(codes, W_dec).add_(b_dec), *codes
+        ctx: Any, x: Tensor, b_in: Tensor | None, W_enc: Tensor, b_enc: Tensor, keep: Keep, out: list[ByLatent]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        centred = (x if b_in is None else x - b_in).contiguous()
+        if isinstance(keep, BatchTopK) and keep.ranks.world > 1:
+            codes = select(torch.addmm(b_enc, centred, W_enc), keep)
+        else:
+            codes = select_slices(partial(_slices, centred, W_enc, b_enc), keep, len(x))
+        out.append(ByLatent(codes.start, codes.latent, len(b_enc)))
+        ctx.by_latent, ctx.shifted = out[0], b_in is not None
+        ctx.save_for_backward(centred, W_enc, codes.latent)
+        ctx.mark_non_differentiable(codes.start, codes.latent)
+        return codes
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        centred, W_enc, W_dec, *saved = ctx.saved_tensors
-        codes = SparseRows(*saved)
-        shape = (len(centred), len(W_dec))
-        d_value = torch.sparse.sampled_addmm(_csr(codes, shape), grad, W_dec.t(), beta=0.0).values()
-
-        # The transposed codes, latent by latent: what both weight gradients sum over.
-        order = codes.latent.argsort(stable=True)
-        start = F.pad(torch.bincount(codes.latent, minlength=shape[1]).cumsum(0), (1, 0)).int()
-        row = codes.rows()[order]
-        d_W_dec = _csr(SparseRows(start, row, codes.value[order]), shape[::-1]) @ grad
-        d_W_enc = (_csr(SparseRows(start, row, d_value[order]), shape[::-1]) @ centred).t()
-        d_b_enc = torch.bincount(codes.latent, weights=d_value, minlength=shape[1]).to(d_value.dtype)
-        d_b_dec = grad.sum(0) - W_enc @ d_b_enc
-        return None, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_value = gradients[2].contiguous()
+        centred, W_enc, latent = ctx.saved_tensors
+        d_sae = W_enc.shape[1]
+        d_W_enc = torch.empty(d_sae, len(W_enc))
+        ctx.by_latent.add_up(d_value, centred, d_W_enc, 0, d_sae)
+        d_b_enc = torch.bincount(latent, weights=d_value, minlength=d_sae).to(d_value.dtype)
+        return None, -(W_enc @ d_b_enc) if ctx.shifted else None, d_W_enc.t(), d_b_enc, None, None
 
 
-def _csr(codes: SparseRows, shape: tuple[int, ...]) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(*codes, size=shape, check_invariants=False)
+def _slices(centred: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
+    """The pre-activations of some rows after the other, all in the same memory."""
+    rows = max(LEAST_SLICE_ROWS, SLICE_VALUES // len(b_enc))
+    buffer = torch.empty(min(rows, len(centred)), len(b_enc))
+    for part in centred.split(rows):
+        yield torch.addmm(b_enc, part, W_enc, out=buffer[: len(part)])
+
+
+class _DecodeError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, W_dec: Tensor, b_dec: Tensor, y: Tensor, encoded: Encoded, bounds: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, d = y.shape
+        E, errors, d_value = torch.empty(len(bounds), rows, d), torch.empty(len(bounds), rows), torch.empty_like(value)
+        codes = encoded.codes
+        arrays = [tensor.detach().numpy() for tensor in (codes.start, codes.latent, value, W_dec, b_dec, y.contiguous(), bounds, weights)]
+        kernel: Any = kernels.decode_error
+        spread(lambda first, last: kernel(*arrays, first, last, E.numpy(), errors.numpy(), d_value.numpy()), rows)
+        of_prefixes = errors.sum(1, dtype=torch.float64).float()
+        residual = E[-1] if float(weights[-1]) == 1.0 else E[-1] / weights[-1]
+        ctx.by_latent, ctx.bounds = encoded.by_latent, bounds.tolist()
+        ctx.save_for_backward(value, d_value, E)
+        ctx.mark_non_differentiable(of_prefixes, residual)
+        return of_prefixes @ weights, of_prefixes, residual
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        factor = float(gradients[0])
+        value, d_value, E = ctx.saved_tensors
+        d_W_dec = d_b_dec = None
+        if ctx.needs_input_grad[1]:
+            d_W_dec = torch.empty(ctx.by_latent.d_sae, E.shape[2])
+            for rest, first, last in zip(E, [0, *ctx.bounds], ctx.bounds, strict=False):
+                ctx.by_latent.add_up(value * (-2 * factor), rest, d_W_dec, first, last)
+        if ctx.needs_input_grad[2]:
+            d_b_dec = E[0].sum(0) * (-2 * factor)
+        return d_value * factor, d_W_dec, d_b_dec, None, None, None, None

@@ -1,6 +1,6 @@
 """Training: one pass over the rows of one or more stores, for one SAE or a grid of them.
 
-`train` is the loop, from top to bottom; `Trainee` is one SAE with all that its training step needs. Nothing draws random numbers once
+`train` is the loop, from top to bottom; `sae.trainee.Trainee` is one SAE with all that its training step needs. Nothing draws random numbers once
 the SAEs are initialised, and the order of the rows follows from the stream's seed and position, so a checkpoint is weights,
 optimiser, counters and one position, and going on from it gives the same bits as never having stopped.
 """
@@ -11,44 +11,41 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import partial, reduce
 from itertools import product
+from operator import add
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from cache.errors import HearsaeError
 from cache.location import Location, put
 from cache.model import choose_device, fast_matmul
-from cache.store import ActivationStore, SiteStats
-from sae.checkpoint import Checkpoint, State, load_checkpoint, refuse_difference, save_checkpoint
+from cache.store import ActivationStore
+from sae.checkpoint import Checkpoint, load_checkpoint, refuse_difference, save_checkpoint
 from sae.log import open_log
-from sae.models import Centre, Dictionary, SaeConfig
+from sae.models import ARCHS, WITH_K, Centre, SaeConfig
+from sae.objectives import SPARSITY, TARGET_SPARSITY
 from sae.ranks import ALONE, Ranks
-from sae.sparse import SparseRows, autoencode, select_above, select_batch_topk, select_batch_topk_of_ranks, select_topk
 from sae.stream import RowStream
+from sae.trainee import Trainee
 
 CHECKPOINT = "checkpoint.safetensors"
 RUN = "run.json"
 """What the unfinished run in a folder is."""
 RESULT = "train.json"
-DECODER_TURN = 0.08
-"""Default learning rate times sqrt(d_in): about the angle in radians by which a step of Adam turns a unit decoder row. On tiny.en's
-block 2 (d_sae 3072, k 32, 1 M rows) 0.047, 0.067, 0.094 and 0.19 gave test FVU 0.211, 0.192, 0.177 and 0.165; 0, 0, 0.3 and 30 % dead."""
-RUNNING_DECAY = 0.9
-"""Of the running means of threshold, FVU and L0: they follow about the last ten batches."""
 HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "log_every", "follow_timeout", "quiet")
 """Settings that may differ when a run is continued; that the stores hold the same rows is checked by `RowStream.fingerprint`."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train sparse autoencoders on stored activations. Several sites, widths, sparsities or seeds make a grid, trained in one pass.
+    """Train sparse autoencoders on stored activations. Several sites, architectures, widths, sparsities or seeds make a grid, trained in one pass.
 
     The same command again continues from the last checkpoint; a finished run is left alone.
     """
@@ -56,15 +53,22 @@ class TrainConfig:
     store: tuple[Location, ...]
     """Activation stores to train on, captured from the same Whisper."""
     site: tuple[str, ...]
-    """Sites whose rows to learn, one SAE each."""
+    """Sites whose rows to learn, one SAE for each."""
     out: Location
     """Folder for the SAE (of a grid: one folder per SAE in it), train.json and TensorBoard logs."""
     d_sae: tuple[int, ...] = (3072,)
     """Numbers of latents."""
     k: tuple[int, ...] = (32,)
-    """Latents kept per row (batchtopk: on average). Not for relu."""
-    arch: Literal["batchtopk", "topk", "relu"] = "batchtopk"
-    """Architecture."""
+    """Latents kept per row (topk), or per row on average (batchtopk, matryoshka)."""
+    arch: tuple[Literal["batchtopk", "topk", "matryoshka", "relu", "tied", "jumprelu", "jumprelu-tanh", "gated"], ...] = ("batchtopk",)
+    """Architectures."""
+    sparsity: tuple[float, ...] = ()
+    """Coefficients of the penalty of relu, tied, gated, jumprelu and jumprelu-tanh, which have no k. Default: one for each architecture;
+    for jumprelu k, as the L0 that it aims at."""
+    target: str | None = None
+    """Train transcoders: reconstruct the rows of this site from those of each --site."""
+    crosscoder: bool = False
+    """Train one dictionary on all sites together instead of one on each."""
     seed: tuple[int, ...] = (0,)
     """Seeds of the initial weights."""
     rows: int = 4_000_000
@@ -77,8 +81,8 @@ class TrainConfig:
     """First part of the run, over which the learning rate rises from 0."""
     decay: float = 0.3
     """Last part of the run, over which the learning rate falls to 0."""
-    l1: float = 2.0
-    """Coefficient of the L1 norm beside the squared error, for rows of mean squared norm d_in (relu only)."""
+    sparsity_warmup: float | None = None
+    """First part of the run, over which the coefficient of the penalty rises from 0. Default: by architecture."""
     aux: float = 1 / 32
     """Coefficient of the AuxK loss, which brings dead latents back (2406.04093)."""
     dead_after: int = 100_000
@@ -102,8 +106,10 @@ class TrainConfig:
     """Rows between entries of the TensorBoard log."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU if there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the encoder's products; auto: bf16 on a GPU, fp32 on a CPU. On CPUs without bf16 matrix units bf16 changes nothing."""
     threads: int | None = None
-    """CPU threads. Default: as PyTorch chooses."""
+    """CPU threads. Default: as PyTorch chooses. The SAEs of a grid share them out."""
     quiet: bool = False
     """Shows no progress bar."""
 
@@ -120,11 +126,14 @@ class RunResult(NamedTuple):
     rows: int
     seconds: float
     rows_per_s: float
+    """Of the run, all its SAEs at once."""
     wait_fraction: float
     """Part of the time in which the loop waited for rows."""
     fvu: float
     l0: float
     dead_fraction: float
+    target: str = ""
+    sparsity: float = 0.0
 
 
 def train(
@@ -153,17 +162,12 @@ def train(
         return finished
 
     started = time.perf_counter()
-    with stream, _threads(config.threads), fast_matmul():
-        stats = {site: stream.stats(site) for site in config.site}
-        for site, stat in stats.items():
-            if stat.mean_sq_dist <= 1e-12 * float(stat.mean @ stat.mean):
-                raise HearsaeError(f"all {stat.rows} rows of {site} are equal: there is nothing to learn")
-        centre = {site: torch.from_numpy(stats[site].mean).float().to(device) for site in config.site}
-        scale = {site: math.sqrt(len(centre[site]) / stats[site].mean_sq_dist) for site in config.site}
+    with stream, _threads(config.threads), _matmul(config.precision, device), ExitStack() as stack:
+        centres = {site: _centre(stream, site) for site in stream.sites}
         grid = _grid(config, stores)
         trainees = [Trainee(sae, config, device, ranks) for sae in (grid if only is None else grid[only])]
         folders = _folders(config.out, grid)[only or slice(None)]
-        buffer = torch.empty(config.batch * max(config.d_sae), device=device)
+        for_each = stack.enter_context(_side_by_side(len(trainees), device, ranks))
         steps = config.rows // config.batch
 
         earlier = [ranks.once(partial(load_checkpoint, folder / CHECKPOINT, identity)) or Checkpoint(0, 0.0, 0.0, ()) for folder in folders]
@@ -189,14 +193,13 @@ def train(
                     save_checkpoint(folder / CHECKPOINT, identity, checkpoint)
 
         checkpoints()
-        with progress_bar(config, first) as bar, ExitStack() as stack:
+        with progress_bar(config, first) as bar:
             logs = [stack.enter_context(open_log(folder, done.position)) for folder, done in zip(folders, earlier, strict=True) if ranks.first]
             for step in range(first // config.batch, steps):
-                rows = {site: (x.to(device) - centre[site]) * scale[site] for site, x in next(stream).rows.items()}
+                rows = Rows(next(stream).rows, centres, device)
                 rate = learning_rate_factor(step, steps, config.warmup, config.decay)
                 behind = [i for i, checkpoint in enumerate(earlier) if checkpoint.position < stream.position]
-                for i in behind:
-                    trainees[i].step(rows[trainees[i].sae.config.site], rate, buffer)
+                for_each(partial(_step, rows=rows, rate=rate, progress=step / steps), [trainees[i] for i in behind])
 
                 bar.update(config.batch)
                 on_rows(stream.position)
@@ -215,7 +218,7 @@ def train(
         if only is not None:
             save()
             return []
-        return ranks.once(partial(_finish, config, identity, folders, trainees, checkpoints(), stats, scale))
+        return ranks.once(partial(_finish, config, identity, folders, trainees, checkpoints(), centres))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -225,194 +228,150 @@ def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> 
     return min(1.0, rising, falling)
 
 
-class Trainee:
-    """One SAE in training, on rows that are centred and scaled so that mean ||x||^2 = d_in."""
+# Rows
 
-    def __init__(self, sae: SaeConfig, recipe: TrainConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
-        self.recipe = recipe
-        self.ranks = ranks
-        self.sae = Dictionary(sae)
-        self.sae.init_parameters(torch.Generator().manual_seed(sae.seed))
-        self.sae.to(device)
-        self.lr = recipe.lr or DECODER_TURN / math.sqrt(sae.d_in)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
-        self.rows_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-        self.running = dict.fromkeys(("weight", "threshold", "loss", "fvu", "l0", "aux_loss"), 0.0)
-        """Exponential sums; divided by `weight` they are running means without the bias of starting at 0."""
 
-    def step(self, x: Tensor, rate: float, buffer: Tensor) -> float:
-        """One step on x [rows, d_in], this rank's part of the batch, with `rate` times the learning rate. Returns the loss of the batch.
+class Rows:
+    """A batch as training sees it: centred and scaled so that mean ||x||^2 = d, site by site."""
 
-        Every rank's loss is its share of that of the batch, so gradients, like losses, are sums over ranks.
-        buffer: float32 with at least rows * d_sae elements, overwritten.
-        """
-        sae, recipe, ranks = self.sae, self.recipe, self.ranks
-        energy, n_rows = x.square().sum(), torch.tensor(len(x), device=x.device)
-        ranks.sum(energy, n_rows)
-        batch = int(n_rows)
-        x_hat, codes, l1_norm = self._forward(x, batch, buffer)
-        residual = x - x_hat
-        fvu = residual.square().sum() / energy
-        aux = self._aux_loss(x, residual.detach())
-        loss = fvu + recipe.aux * aux + recipe.l1 * l1_norm / energy
-        batch_loss = self._count(codes, batch, loss, fvu, aux)
-        if not math.isfinite(batch_loss):
-            raise HearsaeError(f"training on {sae.config.site} diverged (its loss is not finite): use a lower learning rate than {self.lr:g}")
+    def __init__(self, stored: dict[str, Tensor], centres: dict[str, Centre], device: torch.device) -> None:
+        """stored: site -> float32 [rows, d], overwritten."""
+        self._of: dict[tuple[str, ...], Tensor] = {}
+        for site, x in stored.items():
+            centre = centres[site]
+            mean = torch.from_numpy(centre.mean).float().to(device)
+            self._of[(site,)] = x.to(device).sub_(mean).mul_(float(centre.scale[0]))
 
-        self.optimizer.zero_grad()
-        loss.backward()
-        ranks.sum(*(parameter.grad for parameter in sae.parameters() if parameter.grad is not None))
-        self._keep_decoder_gradient_tangent()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), recipe.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate
-        self.optimizer.step()
-        with torch.no_grad():
-            sae.W_dec.copy_(F.normalize(sae.W_dec, dim=1))
-        return batch_loss
+    def of(self, sites: tuple[str, ...]) -> Tensor:
+        """[rows, d]: those of several sites one beside the other."""
+        if sites not in self._of:
+            self._of[sites] = torch.cat([self._of[(site,)] for site in sites], dim=1)
+        return self._of[sites]
 
-    def _forward(self, x: Tensor, batch: int, buffer: Tensor) -> tuple[Tensor, SparseRows, Tensor]:
-        """(reconstruction, codes, sum of the values that the L1 penalty falls on)."""
-        sae = self.sae
-        if sae.config.arch == "relu":
-            pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
-            z = pre.relu()
-            return sae.decode(z), select_above(pre.detach(), 0.0), z.sum()
-        pre_buffer = buffer[: len(x) * sae.config.d_sae].view(len(x), -1)
-        x_hat, codes = autoencode(x, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, partial(self._select, batch=batch), pre_buffer)
-        return x_hat, codes, x.new_zeros(())
 
-    def _select(self, pre: Tensor, batch: int) -> SparseRows:
-        k = self.sae.config.k
-        if self.sae.config.arch == "topk":
-            return select_topk(pre, k)
-        return select_batch_topk(pre, k * batch) if self.ranks.world == 1 else select_batch_topk_of_ranks(pre, k * batch, self.ranks)
+def _centre(stream: RowStream, site: str) -> Centre:
+    stats = stream.stats(site)
+    if stats.mean_sq_dist <= 1e-12 * float(stats.mean @ stats.mean):
+        raise HearsaeError(f"all {stats.rows} rows of {site} are equal: there is nothing to learn")
+    return Centre.of(stats.mean, math.sqrt(len(stats.mean) / stats.mean_sq_dist))
 
-    def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor:
-        """AuxK (2406.04093, A.2): how much of the residual the d_in / 2 strongest dead latents of each row leave unexplained."""
-        dead = torch.nonzero(self.rows_since_fired >= self.recipe.dead_after)[:, 0]
-        if not len(dead) or not self.recipe.aux or self.sae.config.arch == "relu":
-            return x.new_zeros(())
-        sae = self.sae
-        pre = (x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
-        top = pre.topk(min(max(1, sae.config.d_in // 2), len(dead)), dim=1, sorted=False)
-        z = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
-        unexplained = residual.square().sum()
-        self.ranks.sum(unexplained)
-        return (residual - z @ sae.W_dec[dead]).square().sum() / unexplained
 
-    @torch.no_grad()
-    def _keep_decoder_gradient_tangent(self) -> None:
-        """Takes from the decoder's gradient what would only change norms, which stay 1."""
-        W_dec, grad = self.sae.W_dec, self.sae.W_dec.grad
-        assert grad is not None
-        grad -= (grad * W_dec).sum(1, keepdim=True) * W_dec
+def _step(trainee: Trainee, rows: Rows, rate: float, progress: float) -> None:
+    sae = trainee.sae.config
+    trainee.step(rows.of(sae.sites), rows.of(sae.targets), rate, progress)
 
-    @torch.no_grad()
-    def _count(self, codes: SparseRows, batch: int, loss: Tensor, fvu: Tensor, aux: Tensor) -> float:
-        """Which latents fired, and the running means, both over all ranks. Returns the loss of the batch."""
-        fired = torch.zeros(self.sae.config.d_sae, device=codes.value.device)
-        fired[codes.latent.long()] = 1.0
-        self.ranks.sum(fired)
-        self.rows_since_fired += batch
-        self.rows_since_fired[fired > 0] = 0
-        smallest = codes.value.min() if len(codes.value) else loss.new_tensor(math.inf)
-        number = loss.new_tensor(len(codes.value), dtype=torch.float64)
-        of_ranks = self.ranks.table(torch.stack([value.double() for value in (loss, fvu, aux, number, smallest)]))
-        (batch_loss, fvu_sum, aux_sum, kept, _), smallest_of_all = of_ranks.sum(0).tolist(), float(of_ranks[:, 4].min())
-        seen = {
-            "weight": 1.0,
-            "threshold": smallest_of_all if kept else 0.0,
-            "loss": batch_loss,
-            "fvu": fvu_sum,
-            "l0": kept / batch,
-            "aux_loss": aux_sum,
-        }
-        self.running = {name: RUNNING_DECAY * self.running[name] + (1 - RUNNING_DECAY) * value for name, value in seen.items()}
-        return batch_loss
 
-    def mean(self, name: str) -> float:
-        """Running mean of `loss`, `fvu`, `l0`, `aux_loss` or `threshold` (the smallest value kept in a batch)."""
-        return self.running[name] / (self.running["weight"] or 1.0)
+@contextmanager
+def _side_by_side(saes: int, device: torch.device, ranks: Ranks) -> Iterator[Callable[[Callable[[Trainee], None], Sequence[Trainee]], None]]:
+    """How to step the SAEs of a grid: on a CPU side by side, each in a thread of its own, which takes less time than sharing out each product."""
 
-    @property
-    def dead_fraction(self) -> float:
-        """Part of the latents that did not fire in the last `dead_after` rows."""
-        return float((self.rows_since_fired >= self.recipe.dead_after).double().mean())
+    def in_turn(step: Callable[[Trainee], None], trainees: Sequence[Trainee]) -> None:
+        for trainee in trainees:
+            step(trainee)
 
-    def scalars(self, rate: float) -> dict[str, float]:
-        """What is logged."""
-        return {name: self.mean(name) for name in ("loss", "fvu", "l0", "aux_loss")} | {"dead": self.dead_fraction, "lr": self.lr * rate}
+    threads = min(torch.get_num_threads(), saes)
+    if threads == 1 or device.type != "cpu" or ranks.world > 1:
+        yield in_turn
+        return
+    with _threads(1), ThreadPoolExecutor(threads, "sae") as pool:
 
-    def dictionary(self, rows: int) -> Dictionary:
-        """What was learnt from so many rows, for centred and scaled rows, with the inference threshold of BatchTopK (2412.06410)."""
-        if self.sae.config.arch == "batchtopk":
-            self.sae.threshold.fill_(self.mean("threshold"))
-        self.sae.config = replace(self.sae.config, rows=rows)
-        return self.sae
+        def side_by_side(step: Callable[[Trainee], None], trainees: Sequence[Trainee]) -> None:
+            for _ in pool.map(step, trainees):
+                pass
 
-    def state(self) -> State:
-        """Everything that the next step depends on."""
-        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()} | {"rows_since_fired": self.rows_since_fired}
-        for number, of_parameter in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in of_parameter.items()}
-        return State(tensors, self.running)
-
-    @torch.no_grad()
-    def load_state(self, state: State) -> None:
-        """Takes up what `state` gave."""
-        tensors = state.tensors
-        self.sae.load_state_dict({name: tensors[f"sae.{name}"] for name in self.sae.state_dict()})
-        self.rows_since_fired.copy_(tensors["rows_since_fired"])
-        self.running = dict(state.running)
-        for number, parameter in enumerate(self.sae.parameters()):
-            # The moments lie in memory as their parameter does, which the fused step relies on.
-            moments = {name: torch.zeros_like(parameter).copy_(tensors[f"optimizer.{number}.{name}"]) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = {"step": tensors[f"optimizer.{number}.step"].to(parameter.device), **moments}
+        yield side_by_side
 
 
 # The grid
 
 
 def _grid(config: TrainConfig, stores: Sequence[ActivationStore]) -> list[SaeConfig]:
+    widths = {site: stores[0].sites[site]["width"] for site in _sites(config)}
     source = {
         "model_sha256": stores[0].header.model["sha256"],
         "store": tuple(store.path.name for store in stores),
         "plan_hash": tuple(store.header.plan["hash"] for store in stores),
     }
-    ks = (0,) if config.arch == "relu" else config.k
+    groups = [config.site] if config.crosscoder else [(site,) for site in config.site]
     return [
-        SaeConfig(arch=config.arch, d_in=stores[0].sites[site]["width"], d_sae=d_sae, k=k, seed=seed, site=site, **source)
-        for site, d_sae, k, seed in product(config.site, config.d_sae, ks, config.seed)
+        SaeConfig(
+            arch=arch,
+            d_in=sum(widths[site] for site in sites),
+            d_sae=d_sae,
+            k=k,
+            seed=seed,
+            site="+".join(sites),
+            target=config.target or "",
+            d_out=widths[config.target] if config.target else 0,
+            widths=tuple(widths[site] for site in sites) if config.crosscoder else (),
+            sparsity=sparsity,
+            **source,
+        )
+        for sites, arch, d_sae in product(groups, config.arch, config.d_sae)
+        for k, sparsity in _sparsities(config, arch)
+        for seed in config.seed
     ]
+
+
+def _sites(config: TrainConfig) -> list[str]:
+    """All that are read."""
+    return list(dict.fromkeys([*config.site, *([config.target] if config.target else [])]))
+
+
+def _sparsities(config: TrainConfig, arch: str) -> list[tuple[int, float]]:
+    """The values of k and of the penalty's coefficient with which to train an architecture."""
+    if arch in WITH_K:
+        return [(k, 0.0) for k in config.k]
+    if arch == "jumprelu" and not config.sparsity:
+        return [(k, TARGET_SPARSITY) for k in config.k]
+    return [(0, sparsity) for sparsity in config.sparsity or (SPARSITY[arch],)]
 
 
 def grid_size(config: TrainConfig) -> int:
     """How many SAEs are to be trained."""
-    return len(config.site) * len(config.d_sae) * (1 if config.arch == "relu" else len(config.k)) * len(config.seed)
+    groups = 1 if config.crosscoder else len(config.site)
+    return groups * len(config.d_sae) * len(config.seed) * sum(len(_sparsities(config, arch)) for arch in config.arch)
 
 
 def _folders(out: Location, grid: Sequence[SaeConfig]) -> list[Location]:
     if len(grid) == 1:
         return [out]
-    return [out / f"{sae.site}-{sae.arch}-{sae.d_sae}{f'-k{sae.k}' if sae.k else ''}-seed{sae.seed}" for sae in grid]
+    return [out / "-".join(_name(sae)) for sae in grid]
+
+
+def _name(sae: SaeConfig) -> list[str]:
+    sparsity = [f"k{sae.k}"] if sae.k else [f"s{sae.sparsity:g}"] if sae.sparsity else []
+    return [*(sae.site, *([f"to-{sae.target}"] if sae.target else [])), sae.arch, str(sae.d_sae), *sparsity, f"seed{sae.seed}"]
 
 
 def check_config(config: TrainConfig) -> None:
     """Raises HearsaeError for settings that can't work, whatever is in the stores."""
-    for name in ("site", "d_sae", "k", "seed"):
+    for name in ("site", "arch", "d_sae", "k", "seed", "sparsity"):
         values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
+        if (not values and name != "sparsity") or len(set(values)) < len(values):
             raise HearsaeError(f"--{name.replace('_', '-')}: give at least one value, and none twice")
     if not config.store:
         raise HearsaeError("--store: give at least one activation store")
-    for site in config.site:
+    for site in _sites(config):
         if not re.fullmatch(r"\w[\w.-]*", site):
             raise HearsaeError(f"'{site}' is no name of a site")
     if not all(0 <= seed < 2**63 for seed in config.seed):
         raise HearsaeError("--seed: each must be between 0 and 2^63 - 1")
-    if config.arch == "relu" and len(config.k) > 1:
-        raise HearsaeError("k has no effect on a relu SAE: leave --k out, and set --l1")
+    unknown = [arch for arch in config.arch if arch not in ARCHS]
+    if unknown:
+        raise HearsaeError(f"--arch: there is no SAE architecture '{unknown[0]}'; there are: {', '.join(ARCHS)}")
+    uses_k = any(k for arch in config.arch for k, _ in _sparsities(config, arch))
+    if len(config.k) > 1 and not uses_k:
+        raise HearsaeError(f"k has no effect on {', '.join(config.arch)}: leave --k out, and set --sparsity")
+    if config.sparsity and all(arch in WITH_K for arch in config.arch):
+        raise HearsaeError(f"--sparsity has no effect on {', '.join(config.arch)}: set --k")
+    for d_sae, k in product(config.d_sae, config.k):
+        if uses_k and not 1 <= k <= d_sae:
+            raise HearsaeError(f"--k {k} is not between 1 and --d-sae {d_sae}")
+    if config.target and (config.crosscoder or config.target in config.site):
+        raise HearsaeError(f"--target {config.target}: a transcoder reads one site and reconstructs another; a crosscoder has no target")
+    if config.crosscoder and len(config.site) < 2:
+        raise HearsaeError("--crosscoder: give two sites or more")
     if config.batch < 1 or config.rows < config.batch:
         raise HearsaeError(f"--rows {config.rows} is less than one batch of {config.batch} rows")
     if not (0 <= config.warmup <= 1 and 0 <= config.decay <= 1):
@@ -421,7 +380,11 @@ def check_config(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise HearsaeError(f"--{name.replace('_', '-')} {value} is not a positive number")
-    for name in ("l1", "aux", "stream_seed", *(("threads",) if config.threads is not None else ())):
+    if config.sparsity_warmup is not None and not 0 <= config.sparsity_warmup <= 1:
+        raise HearsaeError(f"--sparsity-warmup {config.sparsity_warmup:g} is a part of the run: between 0 and 1")
+    if not all(0 <= sparsity < math.inf for sparsity in config.sparsity):
+        raise HearsaeError("--sparsity: each must be a number that is not negative")
+    for name in ("aux", "stream_seed", *(("threads",) if config.threads is not None else ())):
         if not 0 <= getattr(config, name) < math.inf:
             raise HearsaeError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative or no number")
 
@@ -449,7 +412,7 @@ def _stream(config: TrainConfig, stores: Sequence[ActivationStore], lanes: int, 
     timeout_s = config.follow_timeout if config.follow else None
     return RowStream(
         stores,
-        config.site,
+        _sites(config),
         config.batch,
         config.stream_seed,
         buffer_bytes=config.buffer_mib << 20,
@@ -477,12 +440,12 @@ def _finish(
     folders: Sequence[Location],
     trainees: Sequence["Trainee"],
     ends: Sequence[Checkpoint],
-    stats: dict[str, SiteStats],
-    scale: dict[str, float],
+    centres: dict[str, Centre],
 ) -> list[RunResult]:
     for folder, trainee, end in zip(folders, trainees, ends, strict=True):
-        site = trainee.sae.config.site
-        trainee.dictionary(rows=end.position).folded(Centre.of(stats[site].mean, scale[site])).save(folder)
+        sae = trainee.sae.config
+        read, wanted = (reduce(add, [centres[site] for site in sites]) for sites in (sae.sites, sae.targets))
+        trainee.dictionary(rows=end.position).folded(read, wanted).save(folder)
     results = [_result(folder, trainee, end) for folder, trainee, end in zip(folders, trainees, ends, strict=True)]
     put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
     for path in (config.out / RUN, *(folder / CHECKPOINT for folder in folders)):
@@ -520,6 +483,8 @@ def _result(folder: Location, trainee: Trainee, end: Checkpoint) -> RunResult:
         fvu=trainee.mean("fvu"),
         l0=trainee.mean("l0"),
         dead_fraction=trainee.dead_fraction,
+        target=sae.target,
+        sparsity=sae.sparsity,
     )
 
 
@@ -542,6 +507,15 @@ def _to_json(data: Any) -> bytes:
 
 
 # Round about the loop
+
+
+@contextmanager
+def _matmul(precision: str, device: torch.device) -> Iterator[None]:
+    """On a CPU: bf16 matrix units where they may be used, else as fast as exact products are."""
+    with fast_matmul():
+        if precision == "bf16" and device.type == "cpu":
+            torch.set_float32_matmul_precision("medium")
+        yield
 
 
 @contextmanager

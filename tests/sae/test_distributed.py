@@ -21,8 +21,9 @@ from cache.errors import HearsaeError
 from cache.store import ActivationStore
 from sae.models import SaeConfig
 from sae.ranks import Ranks
-from sae.sparse import select_batch_topk, select_batch_topk_of_ranks, select_batch_topk_of_ranks_plain
-from sae.train import TrainConfig, Trainee, train
+from sae.selection import BatchTopK, select, select_batch_topk_of_ranks, select_batch_topk_of_ranks_plain
+from sae.train import TrainConfig, train
+from sae.trainee import Trainee
 
 SMALL = {"d_sae": (64,), "k": (PER_ROW,), "batch": 256, "threads": 1, "quiet": True, "lr": 4e-3, "rows": 256 * 60, "log_every": 256}
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
@@ -83,7 +84,7 @@ def select_everywhere(ranks: Ranks) -> list[tuple[str, int, bool, Any]]:
 def test_batch_topk_over_ranks_is_that_of_one_process(on_ranks, world):
     for of_ranks in zip(*on_ranks(world, select_everywhere), strict=True):
         kind, k, *_ = of_ranks[0]
-        whole = select_batch_topk(pre_of(kind), k * len(pre_of(kind)))
+        whole = select(pre_of(kind), BatchTopK(k * len(pre_of(kind))))
         for ours, theirs in zip((torch.cat(parts) for parts in zip(*(codes for *_, codes in of_ranks), strict=True)), whole_of(whole), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         assert all(same for _, _, same, _ in of_ranks), "the twins differ"
@@ -106,7 +107,7 @@ def some_steps(ranks: Ranks, arch: str) -> tuple[list[float], dict[str, torch.Te
     for step in range(40):
         x = torch.randn(96, D_IN, generator=torch.Generator().manual_seed(step))
         x[:48] *= 3  # so that the ranks' parts differ in all that is summed
-        losses.append(trainee.step(x[ranks.part(96).start : ranks.part(96).stop], 1.0, torch.empty(96 * 64)))
+        losses.append(trainee.step(x[ranks.part(96).start : ranks.part(96).stop]))
     return losses, {name: tensor.clone() for name, tensor in trainee.state().tensors.items()}, trainee.running
 
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
 from sae.metrics import evaluate
-from sae.models import SaeConfig, load_dictionary
-from sae.sparse import select_batch_topk
-from sae.train import TrainConfig, Trainee, learning_rate_factor, train
+from sae.models import ARCHS, SaeConfig, load_dictionary
+from sae.selection import BatchTopK, select
+from sae.train import TrainConfig, learning_rate_factor, train
+from sae.trainee import Trainee
 
 SMALL = {"d_sae": (64,), "k": (PER_ROW,), "batch": 256, "threads": 1, "quiet": True, "lr": 4e-3}
 
@@ -35,8 +36,8 @@ def config_for(store: ActivationStore, out: Path, **settings) -> TrainConfig:
 
 @pytest.mark.parametrize(("arch", "found"), [("batchtopk", 0.85), ("topk", 0.85), ("relu", 0.95)])
 def test_planted_features_are_found(planted, tmp_path, arch, found):
-    settings = {"k": (PER_ROW,)} if arch != "relu" else {"l1": 1.0}
-    result = train(config_for(planted, tmp_path, arch=arch, rows=200_000, dead_after=10_000, **settings))[0]
+    settings = {"k": (PER_ROW,)} if arch != "relu" else {"sparsity": (1.0,)}
+    result = train(config_for(planted, tmp_path, arch=(arch,), rows=200_000, dead_after=10_000, **settings))[0]
     sae = load_dictionary(result.dir)
     best = (planted_features() @ sae.W_dec.numpy().T).max(axis=1)
     assert (best > 0.9).mean() >= found
@@ -70,10 +71,10 @@ class DyingStore(ActivationStore):
         return super().read(site, start, stop)
 
 
-@pytest.mark.parametrize("arch", ["batchtopk", "relu"])
+@pytest.mark.parametrize("arch", ARCHS)
 def test_a_run_that_died_goes_on_bit_for_bit(planted, tmp_path, arch):
     # Dead latents, several blocks an epoch, several epochs: all that a checkpoint must remember is in play.
-    settings = {"arch": arch, "rows": 256 * 150, "dead_after": 2000, "checkpoint_every": 5000, "buffer_mib": 1, "d_sae": (96,), "seed": (0, 1)}
+    settings = {"arch": (arch,), "rows": 256 * 150, "dead_after": 2000, "checkpoint_every": 5000, "buffer_mib": 1, "d_sae": (96,), "seed": (0, 1)}
     straight = train(config_for(planted, tmp_path / "straight", **settings))
     config = config_for(planted, tmp_path / "died", **settings)
     dying = DyingStore.open(planted.path)
@@ -114,11 +115,10 @@ def test_dead_latents_are_brought_back(planted):
         )
         with torch.no_grad():
             trainee.sae.b_enc[:32] = -2.5  # below the cut of nearly every batch, though not of every row below zero
-        buffer = torch.empty(256 * 64)
         x = torch.cat([torch.from_numpy(planted.read_clip(SITE, clip)) for clip in range(8)]).float()
         x = (x - x.mean(0)) * (D_IN / (x - x.mean(0)).square().sum(1).mean()).sqrt()
         for step in range(300):
-            trainee.step(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[:256]], 1.0, buffer)
+            trainee.step(x[torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[:256]])
         return int((trainee.rows_since_fired[:32] < 1000).sum())
 
     assert alive_after(aux=0.0) <= 6
@@ -179,13 +179,19 @@ def test_the_checkpoint_of_another_grid_is_refused(planted, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"k": (65,)}, "k = 65 is not between 1 and d_sae = 64"),
+        ({"k": (65,)}, "--k 65 is not between 1 and --d-sae 64"),
         ({"k": (3, 3)}, "--k: give at least one value, and none twice"),
         ({"site": ()}, "--site: give at least one"),
         ({"rows": 100}, "--rows 100 is less than one batch of 256"),
         ({"site": ("../escape",)}, "is no name of a site"),
         ({"site": ("encoder.blocks.7",)}, "has no site 'encoder.blocks.7'"),
-        ({"arch": "relu", "k": (1, 2)}, "k has no effect"),
+        ({"arch": ("relu",), "k": (1, 2)}, "k has no effect"),
+        ({"sparsity": (1.0,)}, "--sparsity has no effect on batchtopk"),
+        ({"arch": ("relu",), "sparsity": (-1.0,)}, "not negative"),
+        ({"arch": ("magic",)}, "no SAE architecture 'magic'"),
+        ({"target": SITE}, "a transcoder reads one site and reconstructs another"),
+        ({"target": OTHER, "site": (SITE, "encoder.blocks.2"), "crosscoder": True}, "a crosscoder has no target"),
+        ({"crosscoder": True}, "two sites or more"),
         ({"lr": 0.0}, "--lr 0.0 is not a positive number"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"warmup": 2.0}, "between 0 and 1"),
@@ -220,9 +226,9 @@ def test_the_learning_rate_rises_stays_and_falls():
 def test_the_threshold_keeps_k_per_row(planted):
     trainee = Trainee(SaeConfig("batchtopk", D_IN, 64, PER_ROW), TrainConfig((), (), Path()), torch.device("cpu"))
     x = torch.randn(512, D_IN, generator=torch.Generator().manual_seed(0))
-    trainee.step(x, 1e-9, torch.empty(512 * 64))
+    trainee.step(x, rate=1e-9)
     sae = trainee.dictionary(rows=512)
-    smallest = select_batch_topk((x @ sae.W_enc).detach(), 512 * PER_ROW).value.min()
+    smallest = select((x @ sae.W_enc).detach(), BatchTopK(512 * PER_ROW)).value.min()
     assert float(sae.threshold) == pytest.approx(float(smallest), rel=1e-4)
 
 
