@@ -22,7 +22,8 @@ from cache.plan import SAMPLES_PER_FRAME, SourceItem, make_plan
 from cache.sites import Site
 from cache.store import ActivationStore
 from sae.models import Dictionary, SaeConfig
-from sae.sparse import Codes, SparseRows, decode_rows
+from sae.selection import Codes, SparseRows
+from sae.sparse import decode_rows
 
 SITE = "encoder.blocks.0"
 """The name under which rows are stored."""
