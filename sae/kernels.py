@@ -16,8 +16,12 @@ from numba import njit
 
 Result = TypeVar("Result")
 
-BLOCK = 16
-"""Values looked at in one comparison: as many as a vector register holds, or few of them."""
+WORD = 8
+"""Flags looked at together."""
+NEXT_BOUND = np.float32(0.8)
+"""Times the k-th largest value of a row: where those of the next row are looked for; where they are not, times that again."""
+LOWEST_BOUND = np.float32(0.1)
+"""The same: below this, any positive value is taken."""
 NAN_STAYS = {"reassoc", "contract", "arcp", "nsz"}
 """Sums may be vectorised, but a NaN must come out where one went in: training looks for it in the loss."""
 LEAST_SHARE = 256
@@ -39,82 +43,100 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "sae-kernel")
 
 
-# Which values are kept. Results go to `latent` and `value`, row after row, latents ascending; `count` gets the number of each row.
+# Which values are kept of products plus bias [d_sae]; adding it here saves a pass over them. Results go to `latent` and `value`, row after row,
+# latents ascending; `count` gets the number of each row.
 
 
-@njit(cache=True, nogil=True, fastmath=True)
-def above(pre: Any, bound: Any, first: int, last: int, count: Any, latent: Any, value: Any) -> int:
+@njit(cache=True, nogil=True)
+def above(product: Any, bias: Any, bound: Any, first: int, last: int, count: Any, latent: Any, value: Any) -> int:
     """The values greater than bound [d_sae] of rows first to last. Returns how many, or -1 if `latent` and `value` are too short."""
-    d_sae = pre.shape[1]
-    whole = d_sae // BLOCK * BLOCK
+    mask = _mask_for(product)
     n = 0
     for i in range(first, last):
-        if n + d_sae > len(latent):
+        if n + len(mask) > len(latent):
             return -1
-        row, before = pre[i], n
-        for block in range(0, whole, BLOCK):
-            most = row[block] - bound[block]
-            for j in range(block, block + BLOCK):
-                beyond = row[j] - bound[j]
-                most = beyond if beyond > most else most
-            if most > 0:
-                for j in range(block, block + BLOCK):
-                    latent[n] = j
-                    value[n] = row[j]
-                    n += row[j] > bound[j]
-        for j in range(whole, d_sae):
-            latent[n] = j
-            value[n] = row[j]
-            n += row[j] > bound[j]
-        count[i] = n - before
+        count[i] = _row_above(product[i], bias, bound, mask, latent, value, n)
+        n += count[i]
     return n
 
 
-@njit(cache=True, nogil=True, fastmath=True)
-def topk(pre: Any, k: int, first: int, last: int, count: Any, latent: Any, value: Any) -> int:
-    """The k largest positive values of each of the rows first to last; of equal ones at the cut the first. Returns how many.
+@njit(cache=True, nogil=True)
+def topk(product: Any, bias: Any, k: int, first: int, last: int, count: Any, latent: Any, value: Any) -> int:
+    """The k largest positive values of each of the rows first to last; of equal ones at the cut the first. Returns how many, or -1 if `latent`
+    and `value` are too short.
 
-    A row's values are gathered as long as they are greater than a bound, which rises to the k-th largest whenever 2 k are there. It starts
-    a little below the last row's; where that is too high, the row is done again from 0.
+    A row's values are gathered that are greater than a bound a little below the last row's cut; where those are too few, than lower ones.
     """
-    d_sae = pre.shape[1]
-    whole = d_sae // BLOCK * BLOCK
-    room = 2 * k + BLOCK
-    some_latent, some_value = np.empty(room, np.int32), np.empty(room, np.float32)
-    hint = np.float32(0)
+    mask = _mask_for(product)
+    bound, scratch = np.zeros(len(bias), np.float32), np.empty(len(bias), np.float32)
+    lowest = np.float32(0)
     n = 0
     for i in range(first, last):
-        row = pre[i]
-        for start in (hint, np.float32(0)):
-            bound, held = start, 0
-            for block in range(0, whole + BLOCK, BLOCK):
-                end = min(block + BLOCK, d_sae)
-                if block < whole:
-                    most = row[block]
-                    for j in range(block, block + BLOCK):
-                        most = row[j] if row[j] > most else most
-                    if most <= bound:
-                        continue
-                for j in range(block, end):
-                    some_latent[held] = j
-                    some_value[held] = row[j]
-                    held += row[j] > bound
-                if held >= 2 * k:
-                    bound = np.partition(some_value[:held], held - k)[held - k]
-                    held = _keep_largest(some_latent, some_value, held, k, bound)
-            if held >= k or start == 0:
-                break
-        if held > k:
-            held = _keep_largest(some_latent, some_value, held, k, np.partition(some_value[:held], held - k)[held - k])
-        smallest = np.float32(np.inf)
-        for j in range(held):
-            latent[n + j] = some_latent[j]
-            value[n + j] = some_value[j]
-            smallest = min(smallest, some_value[j])
-        hint = np.float32(0.8) * smallest if held == k else np.float32(0)
+        if n + len(mask) > len(latent):
+            return -1
+        held = _row_above(product[i], bias, bound, mask, latent, value, n)
+        while held < k and bound[0] > 0:
+            bound[:] = bound[0] * NEXT_BOUND if bound[0] > lowest else np.float32(0)
+            held = _row_above(product[i], bias, bound, mask, latent, value, n)
+        cut = np.float32(0)
+        if held >= k:
+            cut = _kth_largest(value[n : n + held], k, scratch)
+            held = _keep_largest(latent[n : n + held], value[n : n + held], held, k, cut)
+        bound[:] = NEXT_BOUND * cut
+        lowest = LOWEST_BOUND * cut
         count[i] = held
         n += held
     return n
+
+
+@njit(cache=True, nogil=True)
+def _mask_for(product: Any) -> Any:
+    """uint8: room for one flag for each column, in whole words, the rest of which stay 0."""
+    return np.zeros((product.shape[1] + WORD - 1) // WORD * WORD, np.uint8)
+
+
+@njit(cache=True, nogil=True)
+def _row_above(row: Any, bias: Any, bound: Any, mask: Any, latent: Any, value: Any, n: int) -> int:
+    """Puts the values of a row that are greater than their bound at n and after. Returns how many. Writes up to len(mask) places beyond n.
+
+    Flags first, a vector at a time; then only words that have one are looked at.
+    """
+    for j in range(len(row)):
+        mask[j] = row[j] + bias[j] > bound[j]
+    words = mask.view(np.uint64)
+    at = n
+    for word in range(len(words)):
+        if words[word]:
+            for j in range(word * WORD, min(word * WORD + WORD, len(row))):
+                latent[at] = j
+                value[at] = row[j] + bias[j]
+                at += mask[j]
+    return at - n
+
+
+@njit(cache=True, nogil=True)
+def _kth_largest(value: Any, k: int, scratch: Any) -> Any:
+    """The k-th largest (Hoare's selection, pivots from the middle). scratch: at least as long, overwritten."""
+    low, high = 0, len(value) - 1
+    scratch[: len(value)] = value
+    while low < high:
+        pivot, i, j = scratch[(low + high) // 2], low, high
+        while i <= j:
+            while scratch[i] > pivot:
+                i += 1
+            while scratch[j] < pivot:
+                j -= 1
+            if i <= j:
+                scratch[i], scratch[j] = scratch[j], scratch[i]
+                i += 1
+                j -= 1
+        if k - 1 <= j:
+            high = j
+        elif k - 1 >= i:
+            low = i
+        else:
+            break
+    return scratch[k - 1]
 
 
 @njit(cache=True, nogil=True)

@@ -92,7 +92,7 @@ def select(pre: Tensor, keep: Keep) -> SparseRows:
     """What is kept of pre-activations, float32 [rows, d_sae]."""
     if isinstance(keep, BatchTopK) and keep.ranks.world > 1:
         return select_batch_topk_of_ranks(pre, keep.n, keep.ranks)
-    return select_slices(lambda: [pre], keep, len(pre)) if on_kernels(pre) else select_plain(pre, keep)
+    return select_slices(lambda: [pre], pre.new_zeros(pre.shape[1]), keep, len(pre)) if on_kernels(pre) else select_plain(pre, keep)
 
 
 def select_plain(pre: Tensor, keep: Keep) -> SparseRows:
@@ -115,28 +115,29 @@ def on_kernels(x: Tensor) -> bool:
     return x.device.type == "cpu" and not PLAIN
 
 
-def select_slices(slices: Callable[[], Iterable[Tensor]], keep: Keep, rows: int) -> SparseRows:
-    """What is kept of pre-activations that come slice by slice, float32 [some rows, d_sae] on the CPU, each gone when the next one comes.
+def select_slices(slices: Callable[[], Iterable[Tensor]], bias: Tensor, keep: Keep, rows: int) -> SparseRows:
+    """What is kept of pre-activations that come slice by slice, without their bias [d_sae], each slice gone when the next one comes.
 
-    slices: gives them all, whenever it is called. rows: of all slices.
+    slices: gives them all whenever it is called, float32 [some rows, d_sae] on the CPU. rows: of all slices.
     """
+    b = bias.detach().numpy()
     if isinstance(keep, TopK):
-        return _gather(slices(), lambda pre: (kernels.topk, keep.k), keep.k)
+        return _gather(slices(), kernels.topk, b, lambda product: keep.k, 2 * keep.k)
     if isinstance(keep, Above):
-        bound = keep.threshold.clamp(min=0.0)
-        return _gather(slices(), lambda pre: (kernels.above, bound.expand(pre.shape[1]).contiguous().numpy()), FIRST_ROOM)
+        bound = keep.threshold.clamp(min=0.0).expand(len(b)).contiguous().numpy()
+        return _gather(slices(), kernels.above, b, lambda product: bound, FIRST_ROOM)
 
     low = keep.hint
 
-    def low_enough(pre: Tensor) -> tuple[Callable[..., int], np.ndarray]:
+    def low_enough(product: np.ndarray) -> np.ndarray:
         nonlocal low
-        low = _low_bound(pre.numpy(), round(keep.n * len(pre) / rows)) if low is None else low
-        return kernels.above, np.full(pre.shape[1], low, np.float32)
+        low = _low_bound(product, b, round(keep.n * len(product) / rows)) if low is None else low
+        return np.full(len(b), low, np.float32)
 
-    found = _gather(slices(), low_enough, 2 * -(-keep.n // max(rows, 1)))
+    found = _gather(slices(), kernels.above, b, low_enough, 2 * -(-keep.n // max(rows, 1)))
     if len(found.value) < keep.n and low:
         low = 0.0
-        found = _gather(slices(), low_enough, FIRST_ROOM)
+        found = _gather(slices(), kernels.above, b, low_enough, FIRST_ROOM)
     if len(found.value) <= keep.n:
         keep.hint = 0.0
         return found
@@ -149,14 +150,15 @@ def select_slices(slices: Callable[[], Iterable[Tensor]], keep: Keep, rows: int)
     return kept
 
 
-def _gather(slices: Iterable[Tensor], kernel_for: Callable[[Tensor], tuple[Callable[..., int], object]], per_row: int) -> SparseRows:
-    """Runs a kernel and its argument over each slice; joins what it finds. per_row: values for which to make room."""
+def _gather(
+    slices: Iterable[Tensor], kernel: Callable[..., int], bias: np.ndarray, argument_for: Callable[[np.ndarray], object], per_row: int
+) -> SparseRows:
+    """Runs a kernel, with its argument, over each slice; joins what it finds. per_row: values for which to make room."""
     counts, latents, values = [], [], []
-    for pre in slices:
-        kernel, argument = kernel_for(pre)
-        count = np.empty(len(pre), np.int32)
-        part = partial(_gather_part, kernel, pre.numpy(), argument, count, per_row)
-        for latent, value in kernels.spread(part, len(pre)):
+    for product in slices:
+        array, count = product.numpy(), np.empty(len(product), np.int32)
+        part = partial(_gather_part, kernel, array, bias, argument_for(array), count, per_row)
+        for latent, value in kernels.spread(part, len(product)):
             latents.append(latent)
             values.append(value)
         counts.append(count)
@@ -167,15 +169,15 @@ def _gather(slices: Iterable[Tensor], kernel_for: Callable[[Tensor], tuple[Calla
 
 
 def _gather_part(
-    kernel: Callable[..., int], pre: np.ndarray, argument: object, count: np.ndarray, per_row: int, first: int, last: int
+    kernel: Callable[..., int], product: np.ndarray, bias: np.ndarray, argument: object, count: np.ndarray, per_row: int, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    room = (last - first) * per_row + pre.shape[1]
+    room = (last - first) * per_row + product.shape[1] + kernels.WORD
     while True:
         latent, value = np.empty(room, np.int32), np.empty(room, np.float32)
-        n = kernel(pre, argument, first, last, count, latent, value)
+        n = kernel(product, bias, argument, first, last, count, latent, value)
         if n >= 0:
             return latent[:n], value[:n]
-        room = min(4 * room, (last - first + 1) * pre.shape[1])
+        room = min(4 * room, (last - first + 1) * (product.shape[1] + kernels.WORD))
 
 
 # Over ranks
@@ -188,7 +190,9 @@ def select_batch_topk_of_ranks(pre: Tensor, n: int, ranks: Ranks) -> SparseRows:
     counters travel. pre: float32 [rows, d_sae], of this rank; the number of rows may differ between ranks. n: of all ranks.
     """
     flat = pre.flatten()
-    bounds = ranks.table(torch.tensor([0.0 if pre.is_cuda else _low_bound(pre.numpy(), n // ranks.world)], device=pre.device))
+    bounds = ranks.table(
+        torch.tensor([0.0 if pre.is_cuda else _low_bound(pre.numpy(), np.zeros(pre.shape[1], np.float32), n // ranks.world)], device=pre.device)
+    )
     for bound in dict.fromkeys((float(bounds.min()), 0.0)):
         index = _above(flat, bound)
         counts = _digit_counts(flat[index].view(torch.int32), 0, ranks)
@@ -235,10 +239,10 @@ def _above(flat: Tensor, bound: float) -> Tensor:
     return torch.nonzero(flat > bound)[:, 0] if flat.is_cuda else torch.from_numpy(np.flatnonzero(flat.numpy() > bound))
 
 
-def _low_bound(pre: np.ndarray, n: int) -> float:
+def _low_bound(product: np.ndarray, bias: np.ndarray, n: int) -> float:
     """A guess, rather too low than too high, of the n-th largest value; at least 0."""
-    sample = pre[:: max(1, len(pre) // BOUND_SAMPLE_ROWS)].reshape(-1)
-    wanted = int(n / pre.size * sample.size * BOUND_SLACK) + 1
+    sample = (product[:: max(1, len(product) // BOUND_SAMPLE_ROWS)] + bias).reshape(-1)
+    wanted = int(n / product.size * sample.size * BOUND_SLACK) + 1
     return 0.0 if wanted >= sample.size else max(0.0, float(np.partition(sample, sample.size - wanted)[sample.size - wanted]))
 
 

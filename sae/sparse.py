@@ -120,7 +120,7 @@ class _Encode(torch.autograd.Function):
         if isinstance(keep, BatchTopK) and keep.ranks.world > 1:
             codes = select(torch.addmm(b_enc, centred, W_enc), keep)
         else:
-            codes = select_slices(partial(_slices, centred, W_enc, b_enc), keep, len(x))
+            codes = select_slices(partial(_slices, centred, W_enc), b_enc, keep, len(x))
         out.append(ByLatent(codes.start, codes.latent, len(b_enc)))
         ctx.by_latent, ctx.shifted = out[0], b_in is not None
         ctx.save_for_backward(centred, W_enc, codes.latent)
@@ -138,12 +138,12 @@ class _Encode(torch.autograd.Function):
         return None, -(W_enc @ d_b_enc) if ctx.shifted else None, d_W_enc.t(), d_b_enc, None, None
 
 
-def _slices(centred: Tensor, W_enc: Tensor, b_enc: Tensor) -> Iterator[Tensor]:
-    """The pre-activations of some rows after the other, all in the same memory."""
-    rows = max(LEAST_SLICE_ROWS, SLICE_VALUES // len(b_enc))
-    buffer = torch.empty(min(rows, len(centred)), len(b_enc))
+def _slices(centred: Tensor, W_enc: Tensor) -> Iterator[Tensor]:
+    """The products of some rows after the other, all in the same memory."""
+    rows = max(LEAST_SLICE_ROWS, SLICE_VALUES // W_enc.shape[1])
+    buffer = torch.empty(min(rows, len(centred)), W_enc.shape[1])
     for part in centred.split(rows):
-        yield torch.addmm(b_enc, part, W_enc, out=buffer[: len(part)])
+        yield torch.mm(part, W_enc, out=buffer[: len(part)])
 
 
 class _DecodeError(torch.autograd.Function):

@@ -70,7 +70,7 @@ class Trainee:
         """
         sae, recipe, ranks = self.sae, self.recipe, self.ranks
         y = x if y is None else y
-        energy, n_rows = y.square().sum(), torch.tensor(len(x), device=x.device)
+        energy, n_rows = torch.linalg.vector_norm(y).square(), torch.tensor(len(x), device=x.device)
         ranks.sum(energy, n_rows)
         batch = int(n_rows)
         if not self.running["weight"]:
