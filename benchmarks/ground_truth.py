@@ -143,8 +143,8 @@ def main() -> None:
                 print(line(name, arch, found[0][0], scores, seconds), flush=True)
                 runs = [{"sparsity": sparsity, "seed": seed} | score.to_json() for sparsity, seed, score in found]
                 results.append({"model": name, "config": asdict(config), "arch": arch, "seconds": seconds, "runs": runs})
-    if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": str(options.json)}, "results": results}, indent=1))
+                if options.json:  # after each, so that a run that is cut short leaves what it has
+                    options.json.write_text(json.dumps({"options": vars(options) | {"json": str(options.json)}, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
