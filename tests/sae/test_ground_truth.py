@@ -94,13 +94,16 @@ def test_without_correlation_firings_are_independent():
     assert np.abs(off_diagonal).max() < 5 / np.sqrt(MANY)
 
 
-def test_children_fire_only_where_their_parent_does(rich, rich_values):
-    fires = rich_values > 0
-    children = np.flatnonzero(rich.parent >= 0)
-    assert len(children) > 20 and rich.generation.max() > 1
-    assert not (fires[:, children] & ~fires[:, rich.parent[children]]).any()
-    assert (np.bincount(rich.parent[children]) <= RICH.branching).all()
-    assert (rich.generation[children] == rich.generation[rich.parent[children]] + 1).all() and rich.generation.max() <= RICH.depth
+@pytest.mark.parametrize("scaled", [True, False])
+def test_children_fire_only_where_their_parent_does(rich, rich_values, scaled):
+    model = rich if scaled else SyntheticModel(replace(RICH, scale_children=False))
+    fires = (rich_values if scaled else dense(model, 0, 20_000)) > 0
+    children = np.flatnonzero(model.parent >= 0)
+    assert len(children) > 20 and model.generation.max() > 1
+    assert fires[:, children].any(axis=0).all()
+    assert not (fires[:, children] & ~fires[:, model.parent[children]]).any()
+    assert (np.bincount(model.parent[children]) <= RICH.branching).all()
+    assert (model.generation[children] == model.generation[model.parent[children]] + 1).all() and model.generation.max() <= RICH.depth
 
 
 @pytest.mark.parametrize("exclusive", [True, False])
