@@ -33,7 +33,8 @@ from analysis.phones import SILENCE, Alignment, best_phone, label_frames, phone_
 from cache.capture import CaptureConfig, capture_in_process, prepare
 from cache.micro import MODEL, SPEECH
 from cache.store import ActivationStore
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 SITE, NEURONS = "encoder.blocks.2", "encoder.blocks.2.mlp.1"
 WINDOWS = (1500, 300, 150, 100, 75, 50, 35, 20, 10, 5)

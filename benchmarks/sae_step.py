@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sae.models import SaeConfig
-from sae.train import TrainConfig
+from sae.train_config import TrainConfig
 from sae.trainee import Trainee
 
 

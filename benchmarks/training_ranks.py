@@ -24,7 +24,8 @@ from cache.plan import SourceItem, make_plan
 from cache.sites import Site
 from cache.store import ActivationStore
 from sae.ranks import Ranks
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 SITE = "encoder.blocks.0"
 

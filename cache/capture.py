@@ -33,7 +33,8 @@ class CaptureConfig:
     dataset: str
     """micro (the speech inside hearsae), or a folder of audio (./micro), one saved by `datasets`, a .jsonl manifest, .parquet file or hub dataset."""
     model: str
-    """micro (the toy inside hearsae), a name of openai-whisper (tiny.en, ...: downloads it), or a checkpoint file in its format (./micro)."""
+    """micro (the toy inside hearsae), a name of openai-whisper (tiny.en, ...: downloads it), or a checkpoint file in its format (./micro).
+    random:SEED:MODEL: that model with weights drawn anew, as a control."""
     sites: tuple[str, ...]
     """Sites or patterns: encoder.blocks.2, 'encoder.blocks.*.mlp.1', ..."""
     out: Location

@@ -28,14 +28,17 @@ MATMUL_TOLERANCE = 1e-5
 """Largest relative error against plain fp32 at which a faster matrix multiplication counts as exact."""
 
 
+POSITIONS = "encoder.positional_embedding"
+
+
 @dataclass
 class LoadedModel:
     """A Whisper, or the encoder of one."""
 
     name: str
-    """As asked for: a name of `model_names()` or a path."""
+    """As asked for: a name of `model_names()` or a path, with `random:SEED:` before it where the weights were drawn anew."""
     sha256: str
-    """Of the checkpoint file."""
+    """Of the checkpoint file; where the weights were drawn anew, of these."""
     dims: ModelDimensions
     module: nn.Module
     """Has `encoder`, and `decoder` if the checkpoint has one (then it is a whole `whisper.model.Whisper`). fp32, in eval mode."""
@@ -89,19 +92,47 @@ def load_model(name: str, device: str = "auto") -> LoadedModel:
     """Loads a model by name (`micro` comes with hearsae, others are downloaded and checked by openai-whisper) or a checkpoint file.
 
     A file has openai-whisper's format and may hold the encoder alone. Nothing is unpickled but tensors and plain values. A name goes before
-    a file of that name in the working directory: `./micro` is the file.
+    a file of that name in the working directory: `./micro` is the file. `random:SEED:MODEL` is the model with weights drawn anew, a control
+    (`redrawn`); it is another model, with a sha256 of its own.
     Raises ModelError if there is no such model or the file is not such a checkpoint.
     """
     target = choose_device(device)
-    path = _checkpoint_path(name)
+    seed, source = split_random(name)
+    path = _checkpoint_path(source)
     try:
         with local_copy(path) as file:
-            return _load(name, path, file, target)
+            return _load(name, path, file, target, seed)
     except FileNotFoundError:
         raise ModelError(f"there is no checkpoint file at {path}") from None
 
 
-def _load(name: str, path: Location, local: Path, target: torch.device) -> LoadedModel:
+def split_random(name: str) -> tuple[int | None, str]:
+    """`random:7:tiny.en` -> (7, tiny.en); of another name (None, that name)."""
+    spelled = re.fullmatch(r"random:(\d{1,18}):(.+)", name, re.DOTALL)
+    return (int(spelled[1]), spelled[2]) if spelled else (None, name)
+
+
+def redrawn(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Every weight drawn anew from a normal distribution with the mean and the standard deviation of its tensor (as in 2501.17727).
+
+    Nothing that was learnt is left but the sizes of the weights. The encoder's positions are sines, not learnt, and stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value if name == POSITIONS else torch.randn(value.shape, generator=generator) * value.std(correction=0) + value.mean()
+        for name, value in sorted(weights.items())
+    }
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(value.numpy()).data)
+    return digest.hexdigest()
+
+
+def _load(name: str, path: Location, local: Path, target: torch.device, seed: int | None) -> LoadedModel:
     with open(local, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
@@ -113,6 +144,10 @@ def _load(name: str, path: Location, local: Path, target: torch.device) -> Loade
     except Exception as error:  # a damaged file makes the reader fail in any way: IndexError, OSError, UnpicklingError, ...
         raise ModelError(f"{path} is not a checkpoint in openai-whisper's format ('dims' and 'model_state_dict')") from error
     module = _build(dims, weights, path)
+    if seed is not None:
+        weights = redrawn(weights, seed)
+        module.load_state_dict(weights)
+        sha256 = _digest(weights)  # of what came out: another PyTorch may draw other numbers
     return LoadedModel(name, sha256, dims, module.eval().requires_grad_(False).to(target), target)
 
 
@@ -131,6 +166,14 @@ def choose_device(device: str) -> torch.device:
 def model_names() -> list[str]:
     """What `load_model` knows by name."""
     return [micro.NAME, *whisper.available_models()]
+
+
+def name_of_checkpoint(sha256: str) -> str:
+    """Which of `model_names()` the checkpoint with this SHA-256 is; empty for any other."""
+    for name, url in whisper._MODELS.items():
+        if url.split("/")[-2] == sha256:  # where openai-whisper has it from too
+            return name
+    return micro.NAME if micro.MODEL.is_file() and hashlib.sha256(micro.MODEL.read_bytes()).hexdigest() == sha256 else ""
 
 
 def _checkpoint_path(name: str) -> Location:
@@ -184,7 +227,7 @@ def _telling_shapes(dims: ModelDimensions, is_whole: bool) -> dict[str, list[int
     audio, text = dims.n_audio_state, dims.n_text_state
     shapes = {
         "encoder.conv1.weight": [audio, dims.n_mels, 3],
-        "encoder.positional_embedding": [dims.n_audio_ctx, audio],
+        POSITIONS: [dims.n_audio_ctx, audio],
         f"encoder.blocks.{dims.n_audio_layer - 1}.attn.query.weight": [audio, audio],
     }
     if is_whole:

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +24,10 @@ COMMANDS = {
     "evaluate": ("Evaluate", "L0, FVU, dead latents, density of trained SAEs on a store"),
     "scan": ("Scan", "find the moments that drive every neuron, SAE latent or basis direction"),
     "query": ("Query", "a feature's moments, or the strongest features at a moment"),
+    "export": ("Export", "write a trained SAE for SAELens, dictionary_learning or sparsify"),
+    "import": ("Import", "read an SAE of SAELens, dictionary_learning or sparsify"),
+    "push": ("Push", "upload a trained SAE with a model card to the Hugging Face Hub, or a folder"),
+    "pull": ("Pull", "download an SAE from there"),
     "explore": ("Explore", "write scans as a page to look at and listen to"),
     "submit": ("Submit", "run any of these as a job on a Ray cluster"),
     "jobs": ("Jobs", "list the jobs of a Ray cluster; status, logs, stop"),
@@ -57,7 +62,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     """
     import tyro
 
-    command_class = getattr(import_module(f"cluster.commands.{name}"), COMMANDS[name][0])
+    command_class = getattr(import_module(f"cluster.commands.{name}{'_' * iskeyword(name)}"), COMMANDS[name][0])
     own, rest = list(arguments), None
     if hasattr(command_class, "command") and "--" in own:
         at = own.index("--")

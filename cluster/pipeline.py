@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from cache import micro
 from cache.capture import CaptureConfig, Decoder, ShardAudio, ShardResult, Worker
 from cache.errors import HearsaeError
-from cache.model import model_names
+from cache.model import model_names, split_random
 from cluster.workers import WorkerOptions, import_ray, session
 
 BLOCKS = 4000
@@ -127,7 +127,9 @@ def _from_anywhere(config: CaptureConfig) -> CaptureConfig:
     def full(name: str, known: Sequence[str]) -> str:
         return str(Path(name).absolute()) if name not in known and Path(name).exists() else name
 
-    return replace(config, out=config.out.absolute(), dataset=full(config.dataset, [micro.NAME]), model=full(config.model, model_names()))
+    _, model = split_random(config.model)
+    model = config.model.removesuffix(model) + full(model, model_names())
+    return replace(config, out=config.out.absolute(), dataset=full(config.dataset, [micro.NAME]), model=model)
 
 
 class _Decode:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from cache.errors import HearsaeError
 from cluster.workers import WorkerOptions, import_ray, session
 from sae.ranks import Ranks
-from sae.train import RESULT, TrainConfig, check_config, grid_size, lanes_of_run, progress_bar, train
+from sae.train import RESULT, lanes_of_run, progress_bar, train
+from sae.train_config import TrainConfig, check_config, grid_size
 
 TELL_EVERY_S = 1.0
 """Between two reports of a worker's progress."""

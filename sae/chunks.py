@@ -52,17 +52,33 @@ def rows_within(chunk: Chunk, spans: Sequence[Span]) -> int:
     return sum(max(0, min(span.stop, chunk.stop) - max(span.start, chunk.start)) for span in spans)
 
 
-def read_valid(store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
-    """The rows of a chunk that lie in one of the spans, [rows, d], as stored. Raises HearsaeError if a value is NaN or infinite."""
-    rows = store.read(site, chunk.start, chunk.stop)
-    number = np.arange(chunk.start, chunk.stop)
-    if chunk.rows < len(rows):
-        valid = np.zeros(len(rows), dtype=bool)
-        for span in spans:
-            valid[max(span.start - chunk.start, 0) : max(span.stop - chunk.start, 0)] = True
-        rows, number = rows[valid], number[valid]
-    # A sum is finite exactly where all its terms are, and is ten times as quick as looking at each.
-    if not np.isfinite(float(torch.from_numpy(rows).sum(dtype=torch.float64))):
-        bad = number[~np.isfinite(rows).all(axis=1)]
-        raise HearsaeError(f"{store.path}: {site} has NaN or infinite values in shard {chunk.shard}, first in row {bad[0]}: cache that shard again")
+def read_valid(store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span], advice: str = "cache that shard again") -> np.ndarray:
+    """The rows of a chunk that lie in one of the spans, [rows, d], as stored. Raises HearsaeError, with `advice`, if a value is NaN or infinite."""
+    rows = read_rows(store, site, chunk, spans)
+    bad = not_finite(rows)
+    if bad.any():
+        number = row_numbers(chunk, spans)[bad]
+        raise HearsaeError(f"{store.path}: {site} has NaN or infinite values in shard {chunk.shard}, first in row {number[0]}: {advice}")
     return rows
+
+
+def read_rows(store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
+    """The same, whatever the values."""
+    rows = store.read(site, chunk.start, chunk.stop)
+    return rows if chunk.rows == len(rows) else rows[row_numbers(chunk, spans) - chunk.start]
+
+
+def row_numbers(chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
+    """int64 [rows]: those of a chunk that lie in one of the spans, counted over the whole array."""
+    valid = np.zeros(chunk.stop - chunk.start, dtype=bool)
+    for span in spans:
+        valid[max(span.start - chunk.start, 0) : max(span.stop - chunk.start, 0)] = True
+    return chunk.start + np.flatnonzero(valid)
+
+
+def not_finite(rows: np.ndarray) -> np.ndarray:
+    """bool [rows]: which have a NaN or an infinite value."""
+    # A sum is finite exactly where all its terms are, and is ten times as quick as looking at each.
+    if np.isfinite(float(torch.from_numpy(rows).sum(dtype=torch.float64))):
+        return np.zeros(len(rows), dtype=bool)
+    return ~np.isfinite(rows).all(axis=1)

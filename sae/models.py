@@ -293,9 +293,9 @@ def load_dictionary(folder: str | Location) -> Dictionary:
         state = safetensors.torch.load((folder / WEIGHTS).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise HearsaeError(f"there is no SAE in {folder}: {PurePath(error.filename).name} is missing") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise HearsaeError(f"the SAE in {folder} is damaged: {error}") from error
-    config = _read_config(folder, data)
+    config = read_config(folder / CONFIG, data)
     with torch.device("meta"):  # names and shapes, without the memory: a damaged config may name any width
         expected_state = Dictionary(config).state_dict()
     for name, expected in expected_state.items():
@@ -308,19 +308,22 @@ def load_dictionary(folder: str | Location) -> Dictionary:
     return dictionary.requires_grad_(False)
 
 
-def _read_config(folder: Location, data: object) -> SaeConfig:
+def read_config(path: Location, data: object) -> SaeConfig:
+    """A config from what JSON gave of it. path: where it was, for messages. Raises HearsaeError for what can't be one."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise HearsaeError(f"{folder / CONFIG} is no SAE config of format {FORMAT}")
+        raise HearsaeError(f"{path} is no SAE config of format {FORMAT}")
     known = {field.name for field in fields(SaeConfig)}
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key in known}
     try:
         config = SaeConfig(**values)
-        whole = all(isinstance(n, int) for n in (config.d_in, config.d_sae, config.k, config.d_out, *config.widths)) and math.isfinite(config.scale)
-        named = all(isinstance(name, str) for name in (config.site, config.target, config.model_sha256))
+        numbers = (config.d_in, config.d_sae, config.k, config.d_out, config.seed, config.rows, *config.widths)
+        whole = all(isinstance(n, int) for n in numbers) and math.isfinite(config.scale) and math.isfinite(config.sparsity)
+        texts = (config.site, config.target, config.model_sha256, config.hearsae, *config.store, *config.plan_hash)
+        named = all(isinstance(text, str) for text in texts)
     except TypeError as error:
-        raise HearsaeError(f"{folder / CONFIG} is damaged: {error}") from None
+        raise HearsaeError(f"{path} is damaged: {error}") from None
     if not whole:
-        raise HearsaeError(f"{folder / CONFIG} is damaged: its widths are no whole numbers or its scale is not finite")
+        raise HearsaeError(f"{path} is damaged: its widths, seed or rows are no whole numbers, or its scale or sparsity is not finite")
     if not named:
-        raise HearsaeError(f"{folder / CONFIG} is damaged: its site or its model is no text")
+        raise HearsaeError(f"{path} is damaged: its site, its model or its stores are no text")
     return config

@@ -56,6 +56,11 @@ DENSE_SHARE = 1 / 8
 """Of the latents: where more fire than this, dense products are the quicker ones."""
 
 
+def matryoshka_bounds(d_sae: int) -> list[int]:
+    """Where the prefixes of a matryoshka SAE end, the last at `d_sae`."""
+    return sorted({max(1, round(part * d_sae)) for part in PREFIXES})
+
+
 class Forward(NamedTuple):
     """What a step's forward pass gives."""
 
@@ -85,7 +90,7 @@ class Objective:
         """Parameters that training has and the dictionary has not."""
         self.bounds, self.weights = prefixes_of(config.d_sae, sae.W_dec.device)
         if config.arch == "matryoshka":
-            bounds = sorted({max(1, round(part * config.d_sae)) for part in PREFIXES})
+            bounds = matryoshka_bounds(config.d_sae)
             self.bounds = torch.tensor(bounds, dtype=torch.int32, device=sae.W_dec.device)
             self.weights = torch.full((len(bounds),), 1 / len(bounds), device=sae.W_dec.device)
         self._keep = BatchTopK(0, ranks)

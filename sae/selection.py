@@ -1,13 +1,14 @@
 """Which pre-activations of a batch are kept: those above a threshold, the largest of each row, the largest of all.
 
 On a CPU the loops are those of `sae.kernels`, which look through pre-activations slice by slice, while they are near, so that those of a whole
-batch are never held. Each has a plain twin, `*_plain`. HEARSAE_PLAIN=1 in the environment switches to the twins, here and in `sae.sparse`.
+batch are never held; on a GPU those of `sae.triton_kernels`. Each has a plain twin, `*_plain`. HEARSAE_PLAIN=1 in the environment switches to
+the twins, here and in `sae.sparse`.
 """
 
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,8 @@ class SparseRows(NamedTuple):
     def rows(self) -> Tensor:
         """int32 [nnz]: the row of each entry."""
         n = len(self.start) - 1
-        return torch.repeat_interleave(torch.arange(n, dtype=torch.int32, device=self.start.device), self.start.diff())
+        row = torch.arange(n, dtype=torch.int32, device=self.start.device)
+        return torch.repeat_interleave(row, self.start.diff(), output_size=len(self.latent))  # or it would wait for the device
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ def select(pre: Tensor, keep: Keep) -> SparseRows:
     """What is kept of pre-activations, float32 [rows, d_sae]."""
     if isinstance(keep, BatchTopK) and keep.ranks.world > 1:
         return select_batch_topk_of_ranks(pre, keep.n, keep.ranks)
+    if on_triton(pre):
+        from sae import triton_step
+
+        return triton_step.select(pre, keep)
     return select_slices(lambda: [pre], pre.new_zeros(pre.shape[1]), keep, len(pre)) if on_kernels(pre) else select_plain(pre, keep)
 
 
@@ -113,6 +119,18 @@ def select_plain(pre: Tensor, keep: Keep) -> SparseRows:
 def on_kernels(x: Tensor) -> bool:
     """Whether the kernels are to be used for it."""
     return x.device.type == "cpu" and not PLAIN
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether the Triton programs are to be used for it."""
+    return x.is_cuda and not PLAIN and _triton_is_available()
+
+
+@cache
+def _triton_is_available() -> bool:
+    from sae.triton_kernels import is_available
+
+    return is_available()
 
 
 def select_slices(slices: Callable[[], Iterable[Tensor]], bias: Tensor, keep: Keep, rows: int) -> SparseRows:

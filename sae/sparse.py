@@ -2,7 +2,8 @@
 
 Of the five matrix products of a training step only the encoder's has to be dense: decoding and both weight gradients touch
 `k` latents a row. `encode` and `decode_error` are the two halves of a step, each differentiable, with what an architecture does to the
-values between them; each has a plain twin, `*_plain`, that says in dense PyTorch what it must equal.
+values between them; each has a plain twin, `*_plain`, that says in dense PyTorch what it must equal. On a CPU the loops are those of
+`sae.kernels`, on a GPU `sae.triton_step` takes over.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sae import kernels
 from sae.kernels import spread
-from sae.selection import BatchTopK, Keep, SparseRows, on_kernels, select, select_plain, select_slices
+from sae.selection import BatchTopK, Keep, SparseRows, on_kernels, on_triton, select, select_plain, select_slices
 
 SLICE_VALUES = 1 << 21
 """Pre-activations of a slice: 8 MiB of float32, which stay near until they are looked through."""
@@ -72,6 +73,10 @@ def encode(x: Tensor, b_in: Tensor | None, W_enc: Tensor, b_enc: Tensor, keep: K
 
     x: float32 [rows, d_in]. W_enc: [d_in, d_sae], transposed in memory. b_in: None where x is not shifted.
     """
+    if on_triton(x):
+        from sae import triton_step
+
+        return triton_step.encode(x, b_in, W_enc, b_enc, keep)
     if not on_kernels(x):
         return encode_plain(x, b_in, W_enc, b_enc, keep)
     out: list[ByLatent] = []
@@ -81,7 +86,7 @@ def encode(x: Tensor, b_in: Tensor | None, W_enc: Tensor, b_enc: Tensor, keep: K
 
 def encode_plain(x: Tensor, b_in: Tensor | None, W_enc: Tensor, b_enc: Tensor, keep: Keep) -> Encoded:
     """Twin of `encode`: dense, differentiated by PyTorch."""
-    pre = torch.addmm(b_enc, x if b_in is None else x - b_in, W_enc)
+    pre = torch.addmm(b_enc, x if b_in is None else x - b_in, W_enc).float()  # autocast may have made it bfloat16
     codes = select_plain(pre.detach(), keep)
     return Encoded(codes._replace(value=pre[codes.rows().long(), codes.latent.long()]), ByLatent(codes.start, codes.latent, len(b_enc)))
 
@@ -92,6 +97,10 @@ def decode_error(encoded: Encoded, W_dec: Tensor, b_dec: Tensor, y: Tensor, boun
     Gradients reach the values of the codes and the parameters. bounds: int32 [prefixes], ascending, the last d_sae; weights: float32
     [prefixes], of the errors.
     """
+    if on_triton(y):
+        from sae import triton_step
+
+        return triton_step.decode_error(encoded, W_dec, b_dec, y, bounds, weights)
     if not on_kernels(y):
         return decode_error_plain(encoded, W_dec, b_dec, y, bounds, weights)
     return Error(*_DecodeError.apply(encoded.codes.value, W_dec, b_dec, y, encoded, bounds, weights))
@@ -103,7 +112,7 @@ def decode_error_plain(encoded: Encoded, W_dec: Tensor, b_dec: Tensor, y: Tensor
     z = torch.zeros(len(y), len(W_dec), device=y.device).index_put((codes.rows().long(), codes.latent.long()), codes.value)
     residuals = [y - b_dec - z[:, :bound] @ W_dec[:bound] for bound in bounds.tolist()]
     errors = torch.stack([residual.square().sum() for residual in residuals])
-    return Error(errors @ weights, errors.detach(), residuals[-1].detach())
+    return Error((errors * weights).sum(), errors.detach(), residuals[-1].detach())
 
 
 def decode_rows(codes: SparseRows, W_dec: Tensor) -> Tensor:
@@ -162,7 +171,7 @@ class _DecodeError(torch.autograd.Function):
         ctx.by_latent, ctx.bounds = encoded.by_latent, bounds.tolist()
         ctx.save_for_backward(value, d_value, E)
         ctx.mark_non_differentiable(of_prefixes, residual)
-        return of_prefixes @ weights, of_prefixes, residual
+        return (of_prefixes * weights).sum(), of_prefixes, residual
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

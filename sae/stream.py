@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from cache.errors import HearsaeError
-from cache.store import ActivationStore, SiteStats
+from cache.store import ActivationStore, SiteStats, Span
 from sae.arrivals import Arrivals
-from sae.chunks import Chunk, planned_chunks, read_valid, rows_within, valid_chunks
+from sae.chunks import Chunk, not_finite, planned_chunks, read_rows, read_valid, rows_within, valid_chunks
 
 BUFFER_BYTES = 256 << 20
 FOLLOWED_STATS_ROWS = 65_536
@@ -69,6 +69,7 @@ class RowStream:
         lanes: int = 1,
         only: Sequence[int] | None = None,
         follow_timeout_s: float | None = None,
+        skip_not_finite: bool = False,
     ) -> None:
         """
         stores: of the same Whisper; each has all `sites`, which share an axis.
@@ -77,6 +78,7 @@ class RowStream:
         buffer_bytes: of one block of all lanes, all sites counted, in the stored dtype; at least one chunk a lane.
         only: the lanes to read, ascending: `next` gives their part of each batch. Default: all.
         follow_timeout_s: the stores are still being written: wait for shards as they are needed, so long for any to be committed.
+        skip_not_finite: rows with NaN or infinite values leave their place to other rows of their block; else they are an error.
 
         Raises HearsaeError if the stores can't be read together or have fewer rows than a batch, or fewer chunks than lanes.
         """
@@ -84,6 +86,9 @@ class RowStream:
         self.batch, self.seed, self.position, self.buffer_bytes, self.lanes = batch, seed, position, buffer_bytes, lanes
         self.wait_seconds = 0.0
         """Time that `next` and `stats` spent waiting for blocks and shards."""
+        self.skipped_rows = 0
+        """Rows read whose place was given to others."""
+        self._skip_not_finite = skip_not_finite
         self._only = list(range(lanes) if only is None else only)
         self._share = np.diff(np.arange(lanes + 1) * batch // lanes)
         self._arrivals = None if follow_timeout_s is None else Arrivals(self.stores, self.sites, follow_timeout_s)
@@ -135,13 +140,32 @@ class RowStream:
     def stats(self, site: str) -> SiteStats:
         """Row count, mean and spread of a site over the shards that take part; following, over the first of them, at least one a store."""
         shards = [list(some) for some in self.shards] if self._arrivals is None else self._first_shards(site)
-        parts = [store.stats(site, some) for store, some in zip(self.stores, shards, strict=True) if self._has_rows(store, site, some)]
+        parts = [self._stats(number, site, some) for number, some in enumerate(shards) if self._has_rows(self.stores[number], site, some)]
         if not parts:
             raise HearsaeError(f"{', '.join(str(store.path) for store in self.stores)}: every clip was skipped, there are no rows of {site}")
         rows = sum(part.rows for part in parts)
         mean = np.sum([part.mean * part.rows for part in parts], axis=0) / rows
         spread = sum(part.rows * (part.mean_sq_dist + float(np.square(part.mean - mean).sum())) for part in parts) / rows
         return SiteStats(rows, mean, spread)
+
+    def _stats(self, number: int, site: str, shards: Sequence[int]) -> SiteStats:
+        """From the commit records, of shards with values that are not finite from the rows that are."""
+        store = self.stores[number]
+        stats = store.stats(site, shards)
+        if np.isfinite(stats.mean).all() and np.isfinite(stats.mean_sq_dist):
+            return stats
+        rows, total, squares = 0, np.zeros(len(stats.mean)), 0.0
+        for shard in shards:
+            record = store.record(site, shard)
+            if np.isfinite(record.sum).all() and np.isfinite(record.sum_sq_norm):
+                rows, total, squares = rows + record.rows, total + record.sum, squares + record.sum_sq_norm
+                continue
+            for chunk in valid_chunks(store, self.sites, shard, number):
+                some = self._read(store, site, chunk, store.spans(shard, *self.sites))
+                some = some[~not_finite(some)].astype(np.float64)
+                rows, total, squares = rows + len(some), total + some.sum(0), squares + float(np.square(some).sum())
+        mean = total / max(1, rows)
+        return SiteStats(rows, mean, max(0.0, squares / max(1, rows) - float(mean @ mean)))
 
     def seek(self, position: int) -> None:
         """Goes on after `position` rows, from `Batch.position`."""
@@ -229,16 +253,35 @@ class RowStream:
         """Reads a block."""
         chunks = [self._arrived(chunk) for chunk in chunks]
         total = sum(chunk.rows for chunk in chunks)
-        rows = {}
+        rows, bad = {}, np.zeros(total, dtype=bool)
         for site in self.sites:
             rows[site] = np.empty((total, self.stores[0].sites[site]["width"]), self.stores[0].header.dtype)
             filled = 0
             for chunk in chunks:
                 store = self.stores[chunk.store]
-                rows[site][filled : filled + chunk.rows] = read_valid(store, site, chunk, store.spans(chunk.shard, *self.sites))
+                part = slice(filled, filled + chunk.rows)
+                rows[site][part] = self._read(store, site, chunk, store.spans(chunk.shard, *self.sites))
+                bad[part] |= not_finite(rows[site][part]) if self._skip_not_finite else False
                 filled += chunk.rows
         order = np.random.default_rng([self.seed, epoch, 1 + number * self.lanes + lane]).permutation(total)
+        if bad.any():
+            order = self._without(order, bad, chunks[0])
         return Block({site: torch.from_numpy(array) for site, array in rows.items()}, torch.from_numpy(order))
+
+    def _read(self, store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
+        if self._skip_not_finite:
+            return read_rows(store, site, chunk, spans)
+        return read_valid(store, site, chunk, spans, "cache that shard again, or leave such rows out (train --not-finite skip)")
+
+    def _without(self, order: np.ndarray, bad: np.ndarray, first: Chunk) -> np.ndarray:
+        """As long as before, so that positions stay what they are: the rows that are good, and from the first on again."""
+        good = order[~bad[order]]
+        if not len(good):
+            raise HearsaeError(
+                f"{self.stores[first.store].path}: no row is finite from row {first.start} of shard {first.shard} on, a whole block of them"
+            )
+        self.skipped_rows += int(bad.sum())
+        return np.resize(good, len(order))
 
     # Which stores and shards
 

@@ -7,17 +7,15 @@ optimiser, counters and one position, and going on from it gives the same bits a
 
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial, reduce
-from itertools import product
 from operator import add
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,90 +26,20 @@ from cache.location import Location, put
 from cache.model import choose_device, fast_matmul
 from cache.store import ActivationStore
 from sae.checkpoint import Checkpoint, load_checkpoint, refuse_difference, save_checkpoint
-from sae.log import open_log
-from sae.models import ARCHS, WITH_K, Centre, SaeConfig
-from sae.objectives import SPARSITY, TARGET_SPARSITY
+from sae.log import Log, open_log
+from sae.models import Centre
+from sae.plots import save_run_plots
 from sae.ranks import ALONE, Ranks
 from sae.stream import RowStream
+from sae.train_config import TrainConfig, check_config, folders_of, make_grid, name_of, sites_of
 from sae.trainee import Trainee
 
 CHECKPOINT = "checkpoint.safetensors"
 RUN = "run.json"
 """What the unfinished run in a folder is."""
 RESULT = "train.json"
-HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "log_every", "follow_timeout", "quiet")
+HOW_NOT_WHAT = ("store", "out", "device", "threads", "checkpoint_every", "log_every", "follow_timeout", "wandb", "plots", "quiet")
 """Settings that may differ when a run is continued; that the stores hold the same rows is checked by `RowStream.fingerprint`."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train sparse autoencoders on stored activations. Several sites, architectures, widths, sparsities or seeds make a grid, trained in one pass.
-
-    The same command again continues from the last checkpoint; a finished run is left alone.
-    """
-
-    store: tuple[Location, ...]
-    """Activation stores to train on, captured from the same Whisper."""
-    site: tuple[str, ...]
-    """Sites whose rows to learn, one SAE for each."""
-    out: Location
-    """Folder for the SAE (of a grid: one folder per SAE in it), train.json and TensorBoard logs."""
-    d_sae: tuple[int, ...] = (3072,)
-    """Numbers of latents."""
-    k: tuple[int, ...] = (32,)
-    """Latents kept per row (topk), or per row on average (batchtopk, matryoshka)."""
-    arch: tuple[Literal["batchtopk", "topk", "matryoshka", "relu", "tied", "jumprelu", "jumprelu-tanh", "gated"], ...] = ("batchtopk",)
-    """Architectures."""
-    sparsity: tuple[float, ...] = ()
-    """Coefficients of the penalty of relu, tied, gated, jumprelu and jumprelu-tanh, which have no k. Default: one for each architecture;
-    for jumprelu k, as the L0 that it aims at."""
-    target: str | None = None
-    """Train transcoders: reconstruct the rows of this site from those of each --site."""
-    crosscoder: bool = False
-    """Train one dictionary on all sites together instead of one on each."""
-    seed: tuple[int, ...] = (0,)
-    """Seeds of the initial weights."""
-    rows: int = 4_000_000
-    """Rows to train on; a store with fewer is read several times."""
-    batch: int = 4096
-    """Rows per step."""
-    lr: float | None = None
-    """Highest learning rate of Adam. Default: 0.08 / sqrt(d_in)."""
-    warmup: float = 0.02
-    """First part of the run, over which the learning rate rises from 0."""
-    decay: float = 0.3
-    """Last part of the run, over which the learning rate falls to 0."""
-    sparsity_warmup: float | None = None
-    """First part of the run, over which the coefficient of the penalty rises from 0. Default: by architecture."""
-    aux: float = 1 / 32
-    """Coefficient of the AuxK loss, which brings dead latents back (2406.04093)."""
-    dead_after: int = 100_000
-    """Rows after which a latent that did not fire counts as dead."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient of one SAE."""
-    stream_seed: int = 0
-    """Seed of the order of the rows, the same for every SAE of a grid."""
-    buffer_mib: int = 256
-    """Size of the buffer in which rows are mixed; two of them are in memory."""
-    lanes: int | None = None
-    """Independent parts of the row stream, each a part of every batch: as many workers as this can share the work, and any number of
-    them learns the same. Default: the number of workers at the first start."""
-    follow: bool = False
-    """Start while the stores are still being written: wait for shards as they are needed. The first epoch takes them in order."""
-    follow_timeout: float = 600.0
-    """Seconds to wait for any new shard before giving up (with --follow)."""
-    checkpoint_every: int = 1_000_000
-    """Rows between checkpoints."""
-    log_every: int = 50_000
-    """Rows between entries of the TensorBoard log."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the encoder's products; auto: bf16 on a GPU, fp32 on a CPU. On CPUs without bf16 matrix units bf16 changes nothing."""
-    threads: int | None = None
-    """CPU threads. Default: as PyTorch chooses. The SAEs of a grid share them out."""
-    quiet: bool = False
-    """Shows no progress bar."""
 
 
 class RunResult(NamedTuple):
@@ -134,6 +62,8 @@ class RunResult(NamedTuple):
     dead_fraction: float
     target: str = ""
     sparsity: float = 0.0
+    skipped_rows: int = 0
+    """Rows that were not finite, counted each time they were read, since the last start."""
 
 
 def train(
@@ -164,9 +94,9 @@ def train(
     started = time.perf_counter()
     with stream, _threads(config.threads), _matmul(config.precision, device), ExitStack() as stack:
         centres = {site: _centre(stream, site) for site in stream.sites}
-        grid = _grid(config, stores)
+        grid = make_grid(config, stores)
         trainees = [Trainee(sae, config, device, ranks) for sae in (grid if only is None else grid[only])]
-        folders = _folders(config.out, grid)[only or slice(None)]
+        folders = folders_of(config.out, grid)[only or slice(None)]
         for_each = stack.enter_context(_side_by_side(len(trainees), device, ranks))
         steps = config.rows // config.batch
 
@@ -194,7 +124,7 @@ def train(
 
         checkpoints()
         with progress_bar(config, first) as bar:
-            logs = [stack.enter_context(open_log(folder, done.position)) for folder, done in zip(folders, earlier, strict=True) if ranks.first]
+            logs = [stack.enter_context(_log(config, *one)) for one in zip(folders, trainees, earlier, strict=True) if ranks.first]
             for step in range(first // config.batch, steps):
                 rows = Rows(next(stream).rows, centres, device)
                 rate = learning_rate_factor(step, steps, config.warmup, config.decay)
@@ -218,7 +148,7 @@ def train(
         if only is not None:
             save()
             return []
-        return ranks.once(partial(_finish, config, identity, folders, trainees, checkpoints(), centres))
+        return ranks.once(partial(_finish, config, identity, folders, trainees, checkpoints(), centres, stream.skipped_rows))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> float:
@@ -282,111 +212,9 @@ def _side_by_side(saes: int, device: torch.device, ranks: Ranks) -> Iterator[Cal
         yield side_by_side
 
 
-# The grid
-
-
-def _grid(config: TrainConfig, stores: Sequence[ActivationStore]) -> list[SaeConfig]:
-    widths = {site: stores[0].sites[site]["width"] for site in _sites(config)}
-    source = {
-        "model_sha256": stores[0].header.model["sha256"],
-        "store": tuple(store.path.name for store in stores),
-        "plan_hash": tuple(store.header.plan["hash"] for store in stores),
-    }
-    groups = [config.site] if config.crosscoder else [(site,) for site in config.site]
-    return [
-        SaeConfig(
-            arch=arch,
-            d_in=sum(widths[site] for site in sites),
-            d_sae=d_sae,
-            k=k,
-            seed=seed,
-            site="+".join(sites),
-            target=config.target or "",
-            d_out=widths[config.target] if config.target else 0,
-            widths=tuple(widths[site] for site in sites) if config.crosscoder else (),
-            sparsity=sparsity,
-            **source,
-        )
-        for sites, arch, d_sae in product(groups, config.arch, config.d_sae)
-        for k, sparsity in _sparsities(config, arch)
-        for seed in config.seed
-    ]
-
-
-def _sites(config: TrainConfig) -> list[str]:
-    """All that are read."""
-    return list(dict.fromkeys([*config.site, *([config.target] if config.target else [])]))
-
-
-def _sparsities(config: TrainConfig, arch: str) -> list[tuple[int, float]]:
-    """The values of k and of the penalty's coefficient with which to train an architecture."""
-    if arch in WITH_K:
-        return [(k, 0.0) for k in config.k]
-    if arch == "jumprelu" and not config.sparsity:
-        return [(k, TARGET_SPARSITY) for k in config.k]
-    return [(0, sparsity) for sparsity in config.sparsity or (SPARSITY[arch],)]
-
-
-def grid_size(config: TrainConfig) -> int:
-    """How many SAEs are to be trained."""
-    groups = 1 if config.crosscoder else len(config.site)
-    return groups * len(config.d_sae) * len(config.seed) * sum(len(_sparsities(config, arch)) for arch in config.arch)
-
-
-def _folders(out: Location, grid: Sequence[SaeConfig]) -> list[Location]:
-    if len(grid) == 1:
-        return [out]
-    return [out / "-".join(_name(sae)) for sae in grid]
-
-
-def _name(sae: SaeConfig) -> list[str]:
-    sparsity = [f"k{sae.k}"] if sae.k else [f"s{sae.sparsity:g}"] if sae.sparsity else []
-    return [*(sae.site, *([f"to-{sae.target}"] if sae.target else [])), sae.arch, str(sae.d_sae), *sparsity, f"seed{sae.seed}"]
-
-
-def check_config(config: TrainConfig) -> None:
-    """Raises HearsaeError for settings that can't work, whatever is in the stores."""
-    for name in ("site", "arch", "d_sae", "k", "seed", "sparsity"):
-        values = getattr(config, name)
-        if (not values and name != "sparsity") or len(set(values)) < len(values):
-            raise HearsaeError(f"--{name.replace('_', '-')}: give at least one value, and none twice")
-    if not config.store:
-        raise HearsaeError("--store: give at least one activation store")
-    for site in _sites(config):
-        if not re.fullmatch(r"\w[\w.-]*", site):
-            raise HearsaeError(f"'{site}' is no name of a site")
-    if not all(0 <= seed < 2**63 for seed in config.seed):
-        raise HearsaeError("--seed: each must be between 0 and 2^63 - 1")
-    unknown = [arch for arch in config.arch if arch not in ARCHS]
-    if unknown:
-        raise HearsaeError(f"--arch: there is no SAE architecture '{unknown[0]}'; there are: {', '.join(ARCHS)}")
-    uses_k = any(k for arch in config.arch for k, _ in _sparsities(config, arch))
-    if len(config.k) > 1 and not uses_k:
-        raise HearsaeError(f"k has no effect on {', '.join(config.arch)}: leave --k out, and set --sparsity")
-    if config.sparsity and all(arch in WITH_K for arch in config.arch):
-        raise HearsaeError(f"--sparsity has no effect on {', '.join(config.arch)}: set --k")
-    for d_sae, k in product(config.d_sae, config.k):
-        if uses_k and not 1 <= k <= d_sae:
-            raise HearsaeError(f"--k {k} is not between 1 and --d-sae {d_sae}")
-    if config.target and (config.crosscoder or config.target in config.site):
-        raise HearsaeError(f"--target {config.target}: a transcoder reads one site and reconstructs another; a crosscoder has no target")
-    if config.crosscoder and len(config.site) < 2:
-        raise HearsaeError("--crosscoder: give two sites or more")
-    if config.batch < 1 or config.rows < config.batch:
-        raise HearsaeError(f"--rows {config.rows} is less than one batch of {config.batch} rows")
-    if not (0 <= config.warmup <= 1 and 0 <= config.decay <= 1):
-        raise HearsaeError(f"--warmup {config.warmup:g} and --decay {config.decay:g} are parts of the run: between 0 and 1")
-    for name in ("lr", "clip_norm", "dead_after", "checkpoint_every", "log_every", "buffer_mib", "lanes", "follow_timeout"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise HearsaeError(f"--{name.replace('_', '-')} {value} is not a positive number")
-    if config.sparsity_warmup is not None and not 0 <= config.sparsity_warmup <= 1:
-        raise HearsaeError(f"--sparsity-warmup {config.sparsity_warmup:g} is a part of the run: between 0 and 1")
-    if not all(0 <= sparsity < math.inf for sparsity in config.sparsity):
-        raise HearsaeError("--sparsity: each must be a number that is not negative")
-    for name in ("aux", "stream_seed", *(("threads",) if config.threads is not None else ())):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise HearsaeError(f"--{name.replace('_', '-')} {getattr(config, name)} is negative or no number")
+def _log(config: TrainConfig, folder: Location, trainee: Trainee, earlier: Checkpoint) -> Log:
+    settings = _settings(config) | asdict(trainee.sae.config)
+    return open_log(folder, earlier.position, config.wandb, name_of(trainee.sae.config), settings)
 
 
 # Where a run begins and ends
@@ -412,13 +240,14 @@ def _stream(config: TrainConfig, stores: Sequence[ActivationStore], lanes: int, 
     timeout_s = config.follow_timeout if config.follow else None
     return RowStream(
         stores,
-        _sites(config),
+        sites_of(config),
         config.batch,
         config.stream_seed,
         buffer_bytes=config.buffer_mib << 20,
         lanes=lanes,
         only=ranks.part(lanes),
         follow_timeout_s=timeout_s,
+        skip_not_finite=config.not_finite == "skip",
     )
 
 
@@ -441,13 +270,18 @@ def _finish(
     trainees: Sequence["Trainee"],
     ends: Sequence[Checkpoint],
     centres: dict[str, Centre],
+    skipped_rows: int,
 ) -> list[RunResult]:
     for folder, trainee, end in zip(folders, trainees, ends, strict=True):
         sae = trainee.sae.config
         read, wanted = (reduce(add, [centres[site] for site in sites]) for sites in (sae.sites, sae.targets))
         trainee.dictionary(rows=end.position).folded(read, wanted).save(folder)
-    results = [_result(folder, trainee, end) for folder, trainee, end in zip(folders, trainees, ends, strict=True)]
+    results = [
+        _result(folder, trainee, end)._replace(skipped_rows=skipped_rows) for folder, trainee, end in zip(folders, trainees, ends, strict=True)
+    ]
     put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
+    if config.plots:
+        save_run_plots(config.out)
     for path in (config.out / RUN, *(folder / CHECKPOINT for folder in folders)):
         path.unlink(missing_ok=True)
     return results

@@ -17,7 +17,8 @@ from cluster.pipeline import PoolOptions
 from cluster.workers import WorkerOptions, session
 from sae.metrics import evaluate
 from sae.models import load_dictionary
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 RESIDUAL, NEURONS = "encoder.blocks.2", "encoder.blocks.2.mlp.1"
 EXPANSION = 8

@@ -362,3 +362,32 @@ def test_a_device_that_is_not_there_is_refused():
             choose_device("cuda")
     with pytest.raises(ModelError, match="abacus"):
         choose_device("abacus")
+
+
+def test_weights_drawn_anew_keep_sizes_and_nothing_else():
+    learnt, drawn = load_model("micro", "cpu"), load_model("random:7:micro", "cpu")
+    assert drawn.name == "random:7:micro" and drawn.dims == learnt.dims and drawn.has_decoder
+    for name, before in learnt.module.state_dict().items():
+        after = drawn.module.state_dict()[name]
+        if name == "encoder.positional_embedding":
+            assert torch.equal(before, after)
+        elif before.numel() > 5000:
+            assert float(after.mean()) == pytest.approx(float(before.mean()), abs=0.06 * float(before.std())), name
+            assert float(after.std()) == pytest.approx(float(before.std()), rel=0.05), name
+            assert abs(torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1]) < 0.06, name
+    again, other = load_model("random:7:micro", "cpu"), load_model("random:8:micro", "cpu")
+    assert drawn.sha256 == again.sha256 and len({learnt.sha256, drawn.sha256, other.sha256}) == 3
+    weight = "encoder.blocks.0.mlp.0.weight"
+    assert torch.equal(drawn.module.state_dict()[weight], again.module.state_dict()[weight])
+    assert not torch.equal(drawn.module.state_dict()[weight], other.module.state_dict()[weight])
+
+
+def test_a_file_can_have_its_weights_drawn_anew_too(tiny_whisper, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_whisper(tmp_path / "m.pt", encoder_only=True)
+    model = load_model("random:0:./m.pt", "cpu")
+    mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    assert capture(model, mel, match_sites(["encoder.blocks.1"], model.dims_dict, False))["encoder.blocks.1"].isfinite().all()
+    for name in ("random:./m.pt", "random:-1:./m.pt", "random:0:none"):
+        with pytest.raises(ModelError, match="there is no model"):
+            load_model(name, "cpu")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ from planted_rows import OTHER, SITE, planted_store
 from cache.errors import HearsaeError
 from cluster.training import RankOptions, train_on
 from cluster.workers import session
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 pytestmark = pytest.mark.cluster
 
@@ -35,7 +37,7 @@ WIDTH = 256
 
 
 def config_for(store: str, out: Path, **settings) -> TrainConfig:
-    small = {"d_sae": (WIDTH,), "k": (3,), "batch": BATCH, "rows": BATCH * STEPS, "lr": 2e-3, "threads": 1, "quiet": True}
+    small = {"d_sae": (WIDTH,), "k": (3,), "batch": BATCH, "rows": BATCH * STEPS, "lr": 2e-3, "threads": 1, "plots": False, "quiet": True}
     often = {"log_every": BATCH, "checkpoint_every": CHECKPOINT, "dead_after": 4000}
     return TrainConfig(**{"store": (Path(store),), "site": (SITE,), "out": out} | small | often | settings)
 
@@ -228,11 +230,9 @@ def test_what_a_worker_refuses_is_one_line_at_once(played, root):
 @pytest.mark.slow
 def test_too_many_failures_are_one_line(played, root):
     line = played["scene_too_many_failures"]
-    assert (
-        line.startswith("training workers failed 1 times (--max-failures 0), at last with: The actor is dead")
-        and "goes on from the last checkpoint" in line
-        and "\n" not in line
-    )
+    # Ray may notice the dead worker first, or the other worker its closed connection.
+    assert re.match(r"training workers failed 1 times \(--max-failures 0\), at last with: (The actor is dead|.*Connection closed by peer)", line)
+    assert "goes on from the last checkpoint" in line and "\n" not in line
     assert (root / "failures" / "checkpoint.safetensors").exists()
 
 

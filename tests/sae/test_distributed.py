@@ -22,10 +22,11 @@ from cache.store import ActivationStore
 from sae.models import SaeConfig
 from sae.ranks import Ranks
 from sae.selection import BatchTopK, select, select_batch_topk_of_ranks, select_batch_topk_of_ranks_plain
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 from sae.trainee import Trainee
 
-SMALL = {"d_sae": (64,), "k": (PER_ROW,), "batch": 256, "threads": 1, "quiet": True, "lr": 4e-3, "rows": 256 * 60, "log_every": 256}
+SMALL = {"d_sae": (64,), "k": (PER_ROW,), "batch": 256, "threads": 1, "plots": False, "quiet": True, "lr": 4e-3, "rows": 256 * 60, "log_every": 256}
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 """Sums in another order differ in float32's last digit, and what 60 steps make of that."""
 

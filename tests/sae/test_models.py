@@ -186,6 +186,18 @@ def damage_field(folder):
     edit(folder, d_sae="many")
 
 
+def damage_stores(folder):
+    edit(folder, store=3)
+
+
+def damage_rows(folder):
+    edit(folder, rows="many")
+
+
+def damage_deep(folder):
+    (folder / "config.json").write_text("[" * 10**6)
+
+
 def damage_no_json(folder):
     (folder / "config.json").write_text("{")
 
@@ -205,6 +217,9 @@ def edit(folder, **changes):
         (damage_other_shape, "W_enc in sae.safetensors"),
         (damage_format, "format 1"),
         (damage_field, "config.json is damaged"),
+        (damage_stores, "config.json is damaged"),
+        (damage_rows, "config.json is damaged: its widths, seed or rows"),
+        (damage_deep, "damaged"),
         (damage_no_json, "damaged"),
     ],
 )

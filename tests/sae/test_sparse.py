@@ -141,6 +141,14 @@ def test_threads_change_no_bit():
     assert all(torch.equal(a, b) for a, b in zip((*one[0][1:], *one[2][1:4]), (*three[0][1:], *three[2][1:4]), strict=True))
 
 
+def test_the_plain_halves_take_values_that_autocast_has_rounded():
+    with torch.autocast("cpu", torch.bfloat16):
+        codes, error, _ = halves(encode_plain, decode_error_plain, TopK(5), True, [10, 96])
+    assert codes.value.dtype == torch.float32
+    weighted = float((error.of_prefixes * torch.tensor([0.5, 1.5])).sum())
+    assert float(error.weighted.detach()) == pytest.approx(weighted, rel=1e-6)
+
+
 def test_rows_without_codes_decode_to_zero():
     codes = select(torch.tensor([[0.0, 2.0], [-1.0, -1.0]]), Above(torch.tensor(0.0)))
     assert decode_rows(codes, torch.eye(2)).tolist() == [[0.0, 2.0], [0.0, 0.0]]

@@ -172,6 +172,38 @@ def test_values_that_are_not_finite_are_named(tmp_path, bad, dtype):
         list(islice(stream, TOTAL // 10))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_are_not_finite_leave_their_place_to_others_when_asked(tmp_path, bad):
+    spoilt = {(4, 0), (4, 7), (6, 100)}
+
+    def rows(site, clip, n):
+        made = rows_of(site, clip, n)
+        for where, frame in spoilt:
+            if where == clip and site == (SITE if clip == 4 else OTHER):
+                made[frame, 3] = bad
+        return made
+
+    store = fill_store(tmp_path / "acts.zarr", plan_of(SECONDS, chunk_rows=64, shard_rows=640), WIDTHS, rows)
+    with RowStream([store], [SITE, OTHER], 10, skip_not_finite=True) as stream:
+        batches = list(islice(stream, stream.rows // 10))
+        assert stream.rows == TOTAL
+    seen = Counter(addresses([batch.rows[SITE] for batch in batches]))
+    everything = {(clip["clip"], frame) for clip in store.clips.to_pylist() for frame in range(clip["n_frames"])}
+    assert len(everything - set(seen)) <= len(spoilt) + TOTAL % 10 and not spoilt & set(seen)
+    assert all(torch.isfinite(batch.rows[site]).all() for batch in batches for site in (SITE, OTHER))
+    assert stream.skipped_rows in (len(spoilt), 2 * len(spoilt))  # the next epoch may have been read already
+    # The statistics are those of the rows that are finite, too.
+    good = [store.read_clip(SITE, clip).astype(np.float64) for clip in range(len(SECONDS))]
+    good = np.concatenate(good)
+    good = good[np.isfinite(good).all(axis=1)]
+    stats = stream.stats(SITE)
+    np.testing.assert_allclose(stats.mean, good.mean(0), rtol=1e-9)
+    assert stats.mean_sq_dist == pytest.approx(np.square(good - good.mean(0)).sum(1).mean(), rel=1e-9)
+    assert stats.rows == len(good)
+    with pytest.raises(HearsaeError, match="NaN or infinite values in shard"):
+        RowStream([store], [SITE], 10).stats(SITE)
+
+
 def test_stores_that_do_not_fit_are_refused(tmp_path, store):
     with pytest.raises(HearsaeError, match=f"{TOTAL} committed rows .* fewer than one batch of 5000"):
         RowStream([store], [SITE], 5000)
