@@ -45,6 +45,8 @@ __all__ = ["ARCHS", "Codes", "Dictionary", "SaeConfig", "load_dictionary"]
 ARCHS = ("batchtopk", "topk", "matryoshka", "relu", "tied", "jumprelu", "jumprelu-tanh", "gated")
 WITH_K = ("batchtopk", "topk", "matryoshka")
 """Those whose sparsity is a number of latents. `jumprelu` may be trained towards one."""
+WITH_AUX = (*WITH_K, "jumprelu", "jumprelu-tanh")
+"""Those whose dead latents are brought back by AuxK. The JumpReLU papers have none; without it a fifth of the latents die (docs/ground_truth.md)."""
 ONE_THRESHOLD = ("batchtopk", "matryoshka")
 THRESHOLDS = ("jumprelu", "jumprelu-tanh", "gated")
 """Those with a threshold for each latent."""

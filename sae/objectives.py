@@ -30,7 +30,7 @@ from sae.sparse import Encoded, Error, decode_error, decode_error_plain, encode,
 
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
 """Parts of the latents whose reconstructions a matryoshka SAE is trained on (2503.17547, 4.1)."""
-SPARSITY = {"relu": 2.0, "tied": 2.0, "gated": 2.0, "jumprelu": 0.003, "jumprelu-tanh": 0.003}
+SPARSITY = {"relu": 2.0, "tied": 1.0, "gated": 2.0, "jumprelu": 0.003, "jumprelu-tanh": 0.003}
 """Default coefficients of the penalties."""
 TARGET_SPARSITY = 1.0
 """That of jumprelu where it aims at an L0."""

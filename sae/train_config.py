@@ -14,6 +14,10 @@ from sae.log import import_wandb
 from sae.models import ARCHS, WITH_K, SaeConfig
 from sae.objectives import SPARSITY, TARGET_SPARSITY
 
+DEAD_AFTER_SHARE, DEAD_AFTER = 0.02, (10_000, 100_000)
+"""Of a run's rows, and within these bounds: where the default of `dead_after` lies. Short runs can't wait long for latents that AuxK would bring
+back (docs/ground_truth.md); beyond 100,000 rows nothing is gained."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -57,8 +61,8 @@ class TrainConfig:
     """First part of the run, over which the coefficient of the penalty rises from 0. Default: by architecture."""
     aux: float = 1 / 32
     """Coefficient of the AuxK loss, which brings dead latents back (2406.04093)."""
-    dead_after: int = 100_000
-    """Rows after which a latent that did not fire counts as dead."""
+    dead_after: int | None = None
+    """Rows after which a latent that did not fire counts as dead. Default: 2 % of the run, but 10,000 to 100,000."""
     clip_norm: float = 1.0
     """Largest norm of the gradient of one SAE."""
     stream_seed: int = 0
@@ -90,6 +94,12 @@ class TrainConfig:
     """Draw the curves of the run, and a grid's FVU against L0, into the folder plots."""
     quiet: bool = False
     """Shows no progress bar."""
+
+    @property
+    def rows_until_dead(self) -> int:
+        """`dead_after`, or its default."""
+        fewest, most = DEAD_AFTER
+        return self.dead_after or min(most, max(fewest, round(DEAD_AFTER_SHARE * self.rows)))
 
 
 def make_grid(config: TrainConfig, stores: Sequence[ActivationStore]) -> list[SaeConfig]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cache.errors import HearsaeError
 from sae import kernels
 from sae.checkpoint import State
-from sae.models import ONE_THRESHOLD, WITH_K, Dictionary, SaeConfig
+from sae.models import ONE_THRESHOLD, WITH_AUX, WITH_K, Dictionary, SaeConfig
 from sae.objectives import DENSE_SHARE, OBJECTIVES, SPARSITY_WARMUP, Objective
 from sae.ranks import ALONE, Ranks
 from sae.selection import SparseRows, on_kernels
@@ -34,7 +34,7 @@ class Recipe(Protocol):
     @property
     def aux(self) -> float: ...
     @property
-    def dead_after(self) -> int: ...
+    def rows_until_dead(self) -> int: ...
     @property
     def clip_norm(self) -> float: ...
     @property
@@ -108,8 +108,8 @@ class Trainee:
 
     def _aux_loss(self, x: Tensor, residual: Tensor) -> Tensor:
         """AuxK (2406.04093, A.2): how much of the residual the d_in / 2 strongest dead latents of each row leave unexplained."""
-        dead = torch.nonzero(self.rows_since_fired >= self.recipe.dead_after)[:, 0]
-        if not len(dead) or not self.recipe.aux or self.sae.config.arch not in WITH_K:
+        dead = torch.nonzero(self.rows_since_fired >= self.recipe.rows_until_dead)[:, 0]
+        if not len(dead) or not self.recipe.aux or self.sae.config.arch not in WITH_AUX:
             return x.new_zeros(())
         sae = self.sae
         pre = (x if sae.config.target else x - sae.b_dec.detach()) @ sae.W_enc[:, dead] + sae.b_enc[dead]
@@ -172,8 +172,8 @@ class Trainee:
 
     @property
     def dead_fraction(self) -> float:
-        """Part of the latents that did not fire in the last `dead_after` rows."""
-        return float((self.rows_since_fired >= self.recipe.dead_after).double().mean())
+        """Part of the latents that did not fire in the last `rows_until_dead` rows."""
+        return float((self.rows_since_fired >= self.recipe.rows_until_dead).double().mean())
 
     def scalars(self, rate: float) -> dict[str, float]:
         """What is logged."""

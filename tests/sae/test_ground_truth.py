@@ -321,7 +321,7 @@ def learnt(store: ActivationStore, out: Path, arch: str, **settings) -> Dictiona
         pytest.param("relu", {"sparsity": 1.0}, 0.94, 0.78, (3.0, 5.0), marks=pytest.mark.slow),
         pytest.param("tied", {"sparsity": 1.0}, 0.92, 0.45, (3.0, 9.0), marks=pytest.mark.slow),
         pytest.param("gated", {"sparsity": 2.0}, 0.95, 0.84, (3.0, 4.2), marks=pytest.mark.slow),
-        ("jumprelu", {}, 0.75, 0.65, (2.8, 3.3)),
+        ("jumprelu", {}, 0.95, 0.93, (2.8, 3.3)),
         pytest.param("jumprelu-tanh", {"sparsity": 0.006}, 0.90, 0.87, (2.5, 3.3), marks=pytest.mark.slow),
     ],
 )
