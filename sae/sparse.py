@@ -133,6 +133,7 @@ class _Encode(torch.autograd.Function):
         out.append(ByLatent(codes.start, codes.latent, len(b_enc)))
         ctx.by_latent, ctx.shifted = out[0], b_in is not None
         ctx.save_for_backward(centred, W_enc, codes.latent)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(codes.start, codes.latent)
         return codes
 
@@ -140,11 +141,11 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         d_value = gradients[2].contiguous()
         centred, W_enc, latent = ctx.saved_tensors
-        d_sae = W_enc.shape[1]
-        d_W_enc = torch.empty(d_sae, len(W_enc))
-        ctx.by_latent.add_up(d_value, centred, d_W_enc, 0, d_sae)
+        d_in, d_sae = W_enc.shape
+        d_W_enc = torch.empty_strided((d_in, d_sae), (1, d_in))  # as the parameter lies in memory
+        ctx.by_latent.add_up(d_value, centred, d_W_enc.t(), 0, d_sae)
         d_b_enc = torch.bincount(latent, weights=d_value, minlength=d_sae).to(d_value.dtype)
-        return None, -(W_enc @ d_b_enc) if ctx.shifted else None, d_W_enc.t(), d_b_enc, None, None
+        return None, -(W_enc @ d_b_enc) if ctx.shifted else None, d_W_enc, d_b_enc, None, None
 
 
 def _slices(centred: Tensor, W_enc: Tensor) -> Iterator[Tensor]:
@@ -170,6 +171,7 @@ class _DecodeError(torch.autograd.Function):
         residual = E[-1] if float(weights[-1]) == 1.0 else E[-1] / weights[-1]
         ctx.by_latent, ctx.bounds = encoded.by_latent, bounds.tolist()
         ctx.save_for_backward(value, d_value, E)
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(of_prefixes, residual)
         return (of_prefixes * weights).sum(), of_prefixes, residual
 
