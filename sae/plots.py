@@ -175,7 +175,7 @@ def save_run_plots(folder: Location) -> list[Location]:
     SAE, and beside them `training.png` of all, and `pareto.png` of the last training batches. What there is nothing to draw from is left out.
     Raises HearsaeError where a file is damaged or nothing can be written.
     """
-    runs = _runs_of_grid(folder)
+    runs = runs_of_grid(folder)
     if not runs:
         return _save_sae_plots(folder, _read(folder / CONFIG) or {}, read_curves(folder))
     curves = [read_curves(folder / name) for name in runs]
@@ -221,7 +221,7 @@ def _curves(board: Path) -> dict[str, Curve]:
     return {name: Curve(np.array([one.step for one in of_one]), np.array([one.value for one in of_one])) for name, of_one in scalars.items()}
 
 
-def _runs_of_grid(folder: Location) -> dict[str, dict[str, Any]]:
+def runs_of_grid(folder: Location) -> dict[str, dict[str, Any]]:
     """Name of each SAE's folder in that of a grid -> what `train.json` says of it; empty where this is the folder of one SAE."""
     if (folder / CONFIG).exists():
         return {}

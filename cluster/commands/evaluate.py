@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -17,8 +17,9 @@ from cluster.commands import Output
 from sae.baselines import BASELINES, Baseline, baselines
 from sae.metrics import check_fits, evaluate, plain
 from sae.models import SaeConfig, load_dictionary
-from sae.plots import EVALUATION, PLOTS, save_density, save_pareto
+from sae.plots import EVALUATION, PLOTS, runs_of_grid, save_density, save_pareto
 from sae.similarity import stability
+from sae.train import RESULT
 
 NAMES = {"pca": "PCA", "pca-largest": "PCA, k largest", "neurons": "neurons, k largest", "random": "random, k largest"}
 """Of `BASELINES`, in the table."""
@@ -31,7 +32,7 @@ class Evaluate(Output):
     """L0, FVU, dead and dense latents, densities and more of trained SAEs, over all rows of a (held-out) store."""
 
     sae: tuple[Location, ...]
-    """Folders of trained SAEs, transcoders and crosscoders."""
+    """Folders of trained SAEs, transcoders and crosscoders; that of a grid stands for all of its SAEs."""
     store: Location
     """The store to evaluate on."""
     baselines: bool = False
@@ -46,6 +47,10 @@ class Evaluate(Output):
     """Write evaluation.json and plots/density.png into the folder of each SAE too."""
 
     def run(self) -> dict[str, Any]:
+        saes = tuple(one for folder in self.sae for one in _saes_in(folder))
+        return replace(self, sae=saes)._run()
+
+    def _run(self) -> dict[str, Any]:
         store = ActivationStore.open(self.store)
         train_store = ActivationStore.open(self.train_store) if self.train_store else None
         configs = self._check(store, train_store)
@@ -160,6 +165,11 @@ def _found_again(pairs: Sequence[dict[str, Any]]) -> list[str]:
             numbers = [f"{pair[f'matched_{side}']:.1%}", f"{pair['one_to_one']:.1%}", f"{pair[f'mean_max_cosine_{side}']:.3f}"]
             rows.append([pair[side], pair[other], *numbers])
     return _table(rows, left=2)
+
+
+def _saes_in(folder: Location) -> list[Location]:
+    names = runs_of_grid(folder) if (folder / RESULT).exists() else {}
+    return [folder / name for name in names] or [folder]
 
 
 def _plain_sites(configs: Sequence[SaeConfig]) -> list[str]:

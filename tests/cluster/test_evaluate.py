@@ -21,6 +21,8 @@ from sae.card import model_card
 from sae.metrics import evaluate
 from sae.models import Dictionary, SaeConfig, load_dictionary
 from sae.similarity import stability
+from sae.train import train
+from sae.train_config import TrainConfig
 
 
 class Bench(NamedTuple):
@@ -85,6 +87,14 @@ def test_it_answers_what_the_functions_measure(bench, capfd):
         assert expected.items() <= one.items()
         assert one["dir"] == str(bench.root / name)
     assert [(one["kind"], one["d_sae"], one["seed"]) for one in result["results"]] == [("sae", 50, 0), ("crosscoder", 50, 0)]
+
+
+def test_the_folder_of_a_grid_stands_for_all_of_its_saes(bench, tmp_path, capfd):
+    recipe = {"batch": 256, "rows": 256 * 4, "threads": 1, "quiet": True, "plots": False}
+    train(TrainConfig((bench.train.path,), (SITE,), tmp_path / "grid", d_sae=(32,), k=(2, 3), **recipe))
+    result = answer(capfd, "--sae", tmp_path / "grid", bench.root / "a", "--store", bench.test.path)
+    assert [(one["d_sae"], one["k"]) for one in result["results"]] == [(32, 2), (32, 3), (50, 3)]
+    assert Path(result["results"][0]["dir"]).parent == tmp_path / "grid"
 
 
 def test_baselines_and_stability_stand_beside_it(bench, capfd):
