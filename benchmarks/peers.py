@@ -7,12 +7,12 @@ They are not dependencies of the project. What is installed takes part, in an en
 
 Duties of a training step, which decide what a comparison of times means:
 
-| step of | AuxK | clips gradients | unit decoder rows | radial gradient removed | dead latents | other |
+| step of | AuxK | clips to norm 1 | unit decoder rows | radial gradient removed | dead latents | other |
 |---|---|---|---|---|---|---|
-| hearsae | where latents are dead | to norm 1 | after each step | yes | rows since fired | threshold, FVU, L0 and loss followed; loss checked |
-| SAELens | where latents are dead | to norm 1 | no: values times norms | no | steps since fired | firing frequencies, schedules |
-| sparsify | coefficient 0 by default | no | before each step | yes | rows since fired | |
-| dictionary_learning | where latents are dead | to norm 1 | after each step | yes | rows since fired | threshold followed (BatchTopK), schedule, loss read |
+| hearsae | where latents are dead | yes | after each step | yes | rows since fired | threshold, FVU, L0, loss followed; loss checked |
+| SAELens | where latents are dead | yes | no: values times norms | no | steps since fired | firing frequencies, schedules |
+| sparsify | none by default | no | before each step | yes | rows since fired | |
+| dictionary_learning | where latents are dead | yes | after each step | yes | rows since fired | threshold (BatchTopK), schedule, loss read |
 
 All use Adam. The matrix products of SAELens and dictionary_learning are dense in all three places (encoder, decoder, gradients); those of
 sparsify and ours in the encoder alone. Each has its own loss and initial weights and a learning rate of its own, so after some steps their weights
@@ -78,7 +78,7 @@ def hearsae(arch: str, d_in: int, d_sae: int, k: int, batch: int) -> Step:
     return Trainee(SaeConfig(arch, d_in, d_sae, k), recipe, torch.device("cpu")).step
 
 
-def saelens_trainer(arch: str, d_in: int, d_sae: int, k: int, batch: int, rows: int = 10**9, data: Any = iter(())) -> Any:
+def saelens_trainer(arch: str, d_in: int, d_sae: int, k: int, batch: int, rows: int = 10**9, data: Any = ()) -> Any:
     """Its SAETrainer of a `topk` or `batchtopk` SAE; `fit` trains on so many rows that come from `data`, an iterator of batches."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes import batchtopk_sae, topk_sae

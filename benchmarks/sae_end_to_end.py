@@ -29,6 +29,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,9 +196,8 @@ def main() -> int:
     found: dict[str, list[Run]] = {}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        config = TrainConfig(
-            (location(args.store),), (args.site,), scratch, (args.d_sae,), (args.k,), rows=args.rows, batch=args.batch, threads=args.threads, quiet=True
-        )
+        store, sizes = (location(args.store),), ((args.d_sae,), (args.k,))
+        config = TrainConfig(store, (args.site,), scratch, *sizes, rows=args.rows, batch=args.batch, threads=args.threads, quiet=True)
         batches, centre = batches_in_memory(config)
         peer_runs, missing = peers_of(config, peer_rows, torch.cat(batches[: peer_rows // args.batch]), scratch)
         for name, why in missing.items():
@@ -205,7 +205,7 @@ def main() -> int:
         from_memory(config, batches[:3])  # compiles
         for number in range(args.rounds):
             out = scratch / f"sae-{number}"
-            found.setdefault("hearsae, store", []).append(from_store(TrainConfig(**{**vars(config), "out": out})))
+            found.setdefault("hearsae, store", []).append(from_store(replace(config, out=out)))
             run, trainee = from_memory(config, batches)
             found.setdefault("hearsae, memory", []).append(run)
             same = torch.equal(load_dictionary(out).W_dec, trainee.dictionary(args.rows).folded(centre).W_dec)
