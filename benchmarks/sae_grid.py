@@ -1,14 +1,15 @@
 """A grid of SAEs trained in one pass, against as many `train` commands one after the other: wall and CPU seconds of whole processes.
 
     python benchmarks/sae_grid.py --store STORE --site encoder.blocks.2 [--k 16 32] [--seed 0 1 2 3] [--d-sae 3072] [--arch batchtopk]
-                                  [--rows 200000] [--threads default 1] [--repeats 1] [--json FILE]
+                                  [--rows 40000 160000] [--threads default 1] [--repeats 1] [--json FILE]
 
 - Equal: the SAEs, the rows and their order, all settings. Every command is a process of its own, as a user starts it. That both ways learn
   the same is checked: FVU and L0 of the last batches, to a part in a thousand, because sums may be taken in another order.
 - `--threads default` leaves the number of threads to PyTorch, which takes all cores: alone, an SAE shares each product out over them; in a grid
   each SAE has a thread of its own. `1` gives every command one thread.
-- "steps" is the time of the training loops alone, as train.json has it. What the separate commands need beyond it is start-up (imports,
-  opening the store, compiled code from its cache), eight times against once: it weighs less the more rows there are.
+- A command needs some time whatever the number of its rows (imports, opening the store, compiled code from its cache, the first block of rows),
+  which separate commands need again and again. It weighs less the more rows there are, so each way is run with fewer and with more rows: "each
+  further row" is the ratio of what the additional rows cost, which is what long runs come to.
 - The separate commands run around the grid, the first half before and the rest after, so that a machine whose load drifts is seen from both sides.
 """
 
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from datetime import date
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CLOSE = 1e-3
 """How far FVU and L0 of the two ways may lie apart, as a part."""
@@ -35,14 +36,18 @@ class Cost(NamedTuple):
 
     wall_s: float
     cpu_s: float
-    steps_s: float
-    """In the training loop."""
 
     def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
-        return Cost(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        return Cost(self.wall_s + other.wall_s, self.cpu_s + other.cpu_s)
+
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(self.wall_s - other.wall_s, self.cpu_s - other.cpu_s)
+
+    def __truediv__(self, other: "Cost") -> "Cost":
+        return Cost(self.wall_s / other.wall_s, self.cpu_s / other.cpu_s)
 
 
-NOTHING = Cost(0.0, 0.0, 0.0)
+NOTHING = Cost(0.0, 0.0)
 Learnt = dict[tuple[str, int, int, int], tuple[float, float]]
 """(arch, d_sae, k, seed) -> (FVU, L0)"""
 
@@ -60,7 +65,7 @@ def command(arguments: Sequence[str], out: Path) -> tuple[Cost, Learnt]:
     wall_s = time.perf_counter() - started
     runs = json.loads((out / "train.json").read_text())["runs"]
     learnt = {(run["arch"], run["d_sae"], run["k"], run["seed"]): (run["fvu"], run["l0"]) for run in runs}
-    return Cost(wall_s, usage.ru_utime + usage.ru_stime, max(run["seconds"] for run in runs)), learnt
+    return Cost(wall_s, usage.ru_utime + usage.ru_stime), learnt
 
 
 def compare(common: Sequence[str], options: argparse.Namespace, folder: Path) -> tuple[Cost, Cost]:
@@ -82,6 +87,16 @@ def compare(common: Sequence[str], options: argparse.Namespace, folder: Path) ->
     return grid, separate
 
 
+def line(what: str, threads: str, grid: Cost, separate: Cost) -> dict[str, Any]:
+    """Prints a line and returns its figures."""
+    ratio = grid / separate
+    print(
+        f"  {what:26} {separate.wall_s:23.1f} {separate.cpu_s:7.1f}   {grid.wall_s:16.1f} {grid.cpu_s:7.1f}    {ratio.wall_s:11.2f} {ratio.cpu_s:6.2f}",
+        flush=True,
+    )
+    return {"what": what, "threads": threads, "grid": grid._asdict(), "commands": separate._asdict(), "ratio": ratio._asdict()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True)
@@ -91,28 +106,31 @@ def main() -> int:
     parser.add_argument("--k", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--threads", nargs="+", default=["default", "1"], help="'default' or a number")
-    parser.add_argument("--rows", type=int, default=200_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[40_000, 160_000])
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
     size = len(options.arch) * len(options.d_sae) * len(options.k) * len(options.seed)
-    print(f"{date.today()}, {size} SAEs, {options.rows} rows, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
+    print(f"{date.today()}, {size} SAEs, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
     figures = []
     for threads in options.threads:
-        common = ["--store", options.store, "--site", options.site, "--rows", str(options.rows), "--batch", str(options.batch), "--device", "cpu"]
-        common += [] if threads == "default" else ["--threads", threads]
-        found = []
-        for _ in range(options.repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                found.append(compare(common, options, Path(folder)))
-        print(f"\nthreads: {threads:10} {'wall s':>9} {'CPU s':>9} {'steps, wall s':>14}")
-        grid, separate = (Cost(*(statistics.median(values) for values in zip(*costs, strict=True))) for costs in zip(*found, strict=True))
-        ratios = Cost(*(mine / theirs for mine, theirs in zip(grid, separate, strict=True)))
-        for name, cost in {f"{size} commands": separate, "one grid": grid}.items():
-            print(f"  {name:17} {cost.wall_s:9.1f} {cost.cpu_s:9.1f} {cost.steps_s:14.1f}")
-        print(f"  {'grid / commands':17} {ratios.wall_s:9.2f} {ratios.cpu_s:9.2f} {ratios.steps_s:14.2f}", flush=True)
-        figures.append({"threads": threads, "grid": grid._asdict(), "commands": separate._asdict(), "ratios": ratios._asdict()})
+        print(
+            f"\nthreads: {threads:<20} {f'{size} commands: wall s':>22} {'CPU s':>7}   {'one grid: wall s':>16} {'CPU s':>7}    {'ratio: wall':>11} {'CPU':>6}"
+        )
+        of_rows = []
+        for rows in options.rows:
+            common = ["--store", options.store, "--site", options.site, "--rows", str(rows), "--batch", str(options.batch), "--device", "cpu"]
+            common += [] if threads == "default" else ["--threads", threads]
+            found = []
+            for _ in range(options.repeats):
+                with tempfile.TemporaryDirectory() as folder:
+                    found.append(compare(common, options, Path(folder)))
+            of_rows.append(tuple(Cost(*(statistics.median(values) for values in zip(*costs, strict=True))) for costs in zip(*found, strict=True)))
+            figures.append(line(f"{rows:,} rows", threads, *of_rows[-1]))
+        if len(of_rows) > 1:
+            (grid, separate), (more_grid, more_separate) = of_rows[0], of_rows[-1]
+            figures.append(line("each further row", threads, more_grid - grid, more_separate - separate))
     print(f"load after {os.getloadavg()[0]:.1f}")
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1))
