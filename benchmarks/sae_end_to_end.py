@@ -3,10 +3,12 @@
     python benchmarks/sae_end_to_end.py --store STORE --site encoder.blocks.2 [--d-sae 3072] [--k 32] [--batch 4096] [--threads 1]
                                         [--rows 400000] [--peer-rows 65536] [--rounds 3] [--json FILE]
 
-- `store`: `sae.train.train`, all of it (after a short run that imports and compiles): opening the stream, reading, checking, shuffling, centring, steps, log, saving the SAE.
+- `store`: `sae.train.train`, all of it, after a short run that imports and compiles: opening the stream, reading, checking, shuffling, centring,
+  steps, log, saving the SAE.
 - `memory`: the same batches in the same order, centred before the clock starts, through the same steps. Both end with the same bits, which is
-  checked. store / memory is what reading and everything round about the step leave of the speed of training. "loop's CPU" is the same by the CPU time of the training
-  thread, which a busy machine changes little: all but the reading, which has a thread of its own and wants a second core.
+  checked. store / memory is what reading and everything round about the step leave of the speed of training. "loop's CPU" is the same by the
+  CPU time of the training thread, which a busy machine changes little: all but the reading, which has a thread of its own and wants a core
+  beside those that train.
 - `SAELens, cached`: its SAETrainer.fit from its ActivationsStore on cached activations, in the format that its CacheActivationsRunner writes
   (a Hugging Face dataset of float32 arrays [context, d_in]), mixed in its buffer of 32,768 rows (n_batches_in_buffer 64, context 512);
   `SAELens, memory`: the same from shuffled tensors.
