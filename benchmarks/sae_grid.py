@@ -90,10 +90,8 @@ def compare(common: Sequence[str], options: argparse.Namespace, folder: Path) ->
 def line(what: str, threads: str, grid: Cost, separate: Cost) -> dict[str, Any]:
     """Prints a line and returns its figures."""
     ratio = grid / separate
-    print(
-        f"  {what:26} {separate.wall_s:23.1f} {separate.cpu_s:7.1f}   {grid.wall_s:16.1f} {grid.cpu_s:7.1f}    {ratio.wall_s:11.2f} {ratio.cpu_s:6.2f}",
-        flush=True,
-    )
+    seconds = f"{separate.wall_s:12.1f} {separate.cpu_s:8.1f} {grid.wall_s:14.1f} {grid.cpu_s:8.1f}"
+    print(f"  {what:18}{seconds} {ratio.wall_s:14.2f} {ratio.cpu_s:8.2f}", flush=True)
     return {"what": what, "threads": threads, "grid": grid._asdict(), "commands": separate._asdict(), "ratio": ratio._asdict()}
 
 
@@ -115,9 +113,7 @@ def main() -> int:
     print(f"{date.today()}, {size} SAEs, {os.cpu_count()} cores, load before {os.getloadavg()[0]:.1f}")
     figures = []
     for threads in options.threads:
-        print(
-            f"\nthreads: {threads:<20} {f'{size} commands: wall s':>22} {'CPU s':>7}   {'one grid: wall s':>16} {'CPU s':>7}    {'ratio: wall':>11} {'CPU':>6}"
-        )
+        print(f"\nthreads: {threads:10} {f'{size} commands':>12} {'CPU s':>8} {'one grid':>14} {'CPU s':>8} {'ratio':>14} {'CPU':>8}")
         of_rows = []
         for rows in options.rows:
             common = ["--store", options.store, "--site", options.site, "--rows", str(rows), "--batch", str(options.batch), "--device", "cpu"]
