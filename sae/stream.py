@@ -12,8 +12,8 @@ one: the plan has shuffled the clips. What comes out never depends on when a sha
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from functools import cached_property
 from itertools import count, pairwise
 from typing import NamedTuple
@@ -167,8 +167,15 @@ class RowStream:
         mean = total / max(1, rows)
         return SiteStats(rows, mean, max(0.0, squares / max(1, rows) - float(mean @ mean)))
 
+    def start(self) -> None:
+        """Begins to read in the background; else the first `next` does, and waits."""
+        if self._reading is None:
+            self._reading = [_Lane(self, number, self._lane_position(number)) for number in self._only]
+
     def seek(self, position: int) -> None:
         """Goes on after `position` rows, from `Batch.position`."""
+        if position == self.position:
+            return  # what is being read already is what comes next
         self._stop_reading()
         self.position = position
 
@@ -177,8 +184,8 @@ class RowStream:
 
     def __next__(self) -> Batch:
         """The next rows of the lanes that are read here, lane after lane."""
-        if self._reading is None:
-            self._reading = [_Lane(self, number, self._lane_position(number)) for number in self._only]
+        self.start()
+        assert self._reading is not None
         n = int(self._share[self._only].sum())
         rows = {site: torch.empty(n, self.stores[0].sites[site]["width"]) for site in self.sites}
         first = 0
@@ -249,8 +256,8 @@ class RowStream:
         self._arrivals.wait(chunk.store, chunk.shard)
         return chunk._replace(rows=rows_within(chunk, self.stores[chunk.store].spans(chunk.shard, *self.sites)))
 
-    def load(self, epoch: int, number: int, lane: int, chunks: Sequence[Chunk]) -> Block:
-        """Reads a block."""
+    def load(self, epoch: int, number: int, lane: int, chunks: Sequence[Chunk], stop: Callable[[], bool] = lambda: False) -> Block:
+        """Reads a block. stop: asked before each chunk whether nobody wants it any more; then raises CancelledError."""
         chunks = [self._arrived(chunk) for chunk in chunks]
         total = sum(chunk.rows for chunk in chunks)
         rows, bad = {}, np.zeros(total, dtype=bool)
@@ -258,6 +265,8 @@ class RowStream:
             rows[site] = np.empty((total, self.stores[0].sites[site]["width"]), self.stores[0].header.dtype)
             filled = 0
             for chunk in chunks:
+                if stop():
+                    raise CancelledError
                 store = self.stores[chunk.store]
                 part = slice(filled, filled + chunk.rows)
                 rows[site][part] = self._read(store, site, chunk, store.spans(chunk.shard, *self.sites))
@@ -346,6 +355,7 @@ class _Lane:
         self._walk = stream.walk(number, position)
         self._block: Block | None = None
         self._next = 0
+        self._closed = False
         self._reader = ThreadPoolExecutor(1, f"lane-{number}")
         self._coming = self._reader.submit(self._read)
 
@@ -369,7 +379,9 @@ class _Lane:
     def _read(self) -> tuple[Block, int]:
         """The next block, and how much of it was consumed before."""
         epoch, number, chunks, consumed = next(self._walk)
-        return self._stream.load(epoch, number, self._number, chunks), consumed
+        return self._stream.load(epoch, number, self._number, chunks, stop=lambda: self._closed), consumed
 
     def close(self) -> None:
+        """Waits for the chunk that is being read, not for the block."""
+        self._closed = True
         self._reader.shutdown(wait=True, cancel_futures=True)

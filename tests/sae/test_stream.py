@@ -147,6 +147,33 @@ def test_at_most_two_blocks_are_read_ahead(store):
         assert counting.reads == 4
 
 
+def test_a_started_stream_reads_before_anyone_asks_and_gives_the_same(store):
+    two_chunks = 2 * 64 * 8 * 2
+    expected = take(RowStream([store], [SITE], 40, buffer_bytes=two_chunks), 10)
+    counting = CountingStore.open(store.path)
+    with RowStream([counting], [SITE], 40, buffer_bytes=two_chunks) as stream:
+        stream.start()
+        time.sleep(0.2)
+        assert counting.reads == 2
+        stream.seek(0)
+        assert all(torch.equal(batch.rows[SITE], rows) for batch, rows in zip(islice(stream, 10), expected, strict=True))
+
+
+def test_closing_waits_for_a_chunk_and_not_for_the_block(store):
+    class SlowStore(CountingStore):
+        def read(self, site, start, stop):
+            time.sleep(0.1)
+            return super().read(site, start, stop)
+
+    slow = SlowStore.open(store.path)
+    stream = RowStream([slow], [SITE], 40)
+    assert len(stream.chunks) > 4  # all in one block
+    stream.start()
+    time.sleep(0.15)
+    stream.close()
+    assert slow.reads <= 2
+
+
 def test_what_goes_wrong_in_the_background_is_raised_in_the_loop(store):
     for path in (store.path / SITE / "c").glob("*/0"):
         data = bytearray(path.read_bytes())
