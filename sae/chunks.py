@@ -78,7 +78,7 @@ def row_numbers(chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
 
 def not_finite(rows: np.ndarray) -> np.ndarray:
     """bool [rows]: which have a NaN or an infinite value."""
-    # A sum is finite exactly where all its terms are, and is ten times as quick as looking at each.
-    if np.isfinite(float(torch.from_numpy(rows).sum(dtype=torch.float64))):
+    # Both ends are finite exactly where all values are (a NaN is either), and are much sooner found than each is looked at.
+    if not rows.size or all(torch.isfinite(end) for end in torch.aminmax(torch.from_numpy(rows))):
         return np.zeros(len(rows), dtype=bool)
     return ~np.isfinite(rows).all(axis=1)

@@ -19,8 +19,8 @@ from sae import kernels
 from sae.kernels import spread
 from sae.selection import BatchTopK, Keep, SparseRows, on_kernels, on_triton, select, select_plain, select_slices
 
-SLICE_VALUES = 1 << 21
-"""Pre-activations of a slice: 8 MiB of float32, which stay near until they are looked through."""
+SLICE_VALUES = 1 << 22
+"""Pre-activations of a slice: 16 MiB of float32, which stay near until they are looked through."""
 LEAST_SLICE_ROWS = 128
 """Below this the product gets slower than what is gained."""
 

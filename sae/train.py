@@ -93,6 +93,7 @@ def train(
 
     started = time.perf_counter()
     with stream, _threads(config.threads), _matmul(config.precision, device), ExitStack() as stack:
+        stream.start()
         centres = {site: _centre(stream, site) for site in stream.sites}
         grid = make_grid(config, stores)
         trainees = [Trainee(sae, config, device, ranks) for sae in (grid if only is None else grid[only])]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cache.errors import HearsaeError
 from sae import kernels
@@ -57,7 +57,8 @@ class Trainee:
         self.parameters = self.objective.parameters()
         self.autocast = device.type == "cuda" and recipe.precision != "fp32"
         self.lr = recipe.lr or DECODER_TURN / math.sqrt(sae.d_in)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, betas=self.objective.betas, fused=True)
+        self._updated = [in_order_of_memory(parameter) for parameter in self.parameters]
+        self.optimizer = torch.optim.Adam(self._updated, lr=self.lr, betas=self.objective.betas, fused=True)
         self.rows_since_fired = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.running = dict.fromkeys(("weight", "threshold", "loss", "fvu", "l0", "aux_loss"), 0.0)
         """Exponential sums; divided by `weight` they are running means without the bias of starting at 0."""
@@ -84,7 +85,8 @@ class Trainee:
         if not math.isfinite(batch_loss):
             raise HearsaeError(f"training on {sae.config.site} diverged (its loss is not finite): use a lower learning rate than {self.lr:g}")
 
-        self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.backward()
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         ranks.sum(*gradients)
@@ -95,6 +97,8 @@ class Trainee:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, recipe.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate
+        for updated, parameter in zip(self._updated, self.parameters, strict=True):
+            updated.grad = parameter.grad.t() if updated is not parameter and parameter.grad is not None else parameter.grad
         self.optimizer.step()
         if self.objective.unit_decoder:
             self._make_decoder_unit()
@@ -204,10 +208,14 @@ class Trainee:
         for name, parameter in self.objective.beside.items():
             parameter.copy_(tensors[f"beside.{name}"])
         self.running = dict(state.running)
-        for number, parameter in enumerate(self.parameters):
-            # The moments lie in memory as their parameter does, which the fused step relies on.
+        for number, parameter in enumerate(self._updated):
             moments = {name: torch.zeros_like(parameter).copy_(tensors[f"optimizer.{number}.{name}"]) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = {"step": tensors[f"optimizer.{number}.step"].to(parameter.device), **moments}
+
+
+def in_order_of_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """The same memory as a contiguous parameter, the transpose where that is it: the fused optimiser would copy another."""
+    return parameter if parameter.is_contiguous() else nn.Parameter(parameter.detach().t())
 
 
 @contextmanager
