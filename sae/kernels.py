@@ -18,8 +18,8 @@ Result = TypeVar("Result")
 
 WORD = 8
 """Flags looked at together."""
-NEXT_BOUND = np.float32(0.8)
-"""Times the k-th largest value of a row: where those of the next row are looked for; where they are not, times that again."""
+NEXT_BOUND, LOWER = np.float32(0.95), np.float32(0.8)
+"""Times the k-th largest value of a row: where those of the next row are looked for. Where they are not, times the second, again and again."""
 LOWEST_BOUND = np.float32(0.1)
 """The same: below this, any positive value is taken."""
 NAN_STAYS = {"reassoc", "contract", "arcp", "nsz"}
@@ -65,28 +65,40 @@ def topk(product: Any, bias: Any, k: int, first: int, last: int, count: Any, lat
     """The k largest positive values of each of the rows first to last; of equal ones at the cut the first. Returns how many, or -1 if `latent`
     and `value` are too short.
 
-    A row's values are gathered that are greater than a bound a little below the last row's cut; where those are too few, than lower ones.
+    A row's values are gathered that are greater than a bound, a little below where the last row was cut, in units of the rows' size; where those
+    are too few, than lower ones.
     """
     mask = _mask_for(product)
     bound, scratch = np.zeros(len(bias), np.float32), np.empty(len(bias), np.float32)
-    lowest = np.float32(0)
-    n = 0
+    n, last_cut = 0, np.float32(0)
     for i in range(first, last):
         if n + len(mask) > len(latent):
             return -1
+        size = _size(product[i], bias)
+        bound[:] = NEXT_BOUND * last_cut * size
+        lowest = LOWEST_BOUND * last_cut * size
         held = _row_above(product[i], bias, bound, mask, latent, value, n)
         while held < k and bound[0] > 0:
-            bound[:] = bound[0] * NEXT_BOUND if bound[0] > lowest else np.float32(0)
+            bound[:] = bound[0] * LOWER if bound[0] > lowest else np.float32(0)
             held = _row_above(product[i], bias, bound, mask, latent, value, n)
-        cut = np.float32(0)
+        last_cut = np.float32(0)
         if held >= k:
             cut = _kth_largest(value[n : n + held], k, scratch)
             held = _keep_largest(latent[n : n + held], value[n : n + held], held, k, cut)
-        bound[:] = NEXT_BOUND * cut
-        lowest = LOWEST_BOUND * cut
+            last_cut = cut / size
         count[i] = held
         n += held
     return n
+
+
+@njit(cache=True, nogil=True, fastmath=NAN_STAYS)
+def _size(row: Any, bias: Any) -> Any:
+    """The norm of a row of pre-activations, or 1 where it is 0."""
+    squares = np.float32(0)
+    for j in range(len(row)):
+        pre = row[j] + bias[j]
+        squares += pre * pre
+    return np.sqrt(squares) if squares > 0 else np.float32(1)
 
 
 @njit(cache=True, nogil=True)
