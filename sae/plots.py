@@ -5,6 +5,7 @@ Every picture is a function of plain values that returns a matplotlib figure; `s
 
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -216,7 +217,13 @@ def _curves(board: Path) -> dict[str, Curve]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(board), size_guidance={"scalars": 0})  # 0: all of them
-    events.Reload()
+    log = logging.getLogger("tensorboard")
+    level = log.level
+    log.setLevel(logging.ERROR)  # that a run went on and took back what it had logged beyond its checkpoint is nothing to warn of
+    try:
+        events.Reload()
+    finally:
+        log.setLevel(level)
     scalars = {name: events.Scalars(name) for name in events.Tags()["scalars"]}
     return {name: Curve(np.array([one.step for one in of_one]), np.array([one.value for one in of_one])) for name, of_one in scalars.items()}
 

@@ -19,7 +19,6 @@ from sae.metrics import check_fits, evaluate, plain
 from sae.models import SaeConfig, load_dictionary
 from sae.plots import EVALUATION, PLOTS, runs_of_grid, save_density, save_pareto
 from sae.similarity import stability
-from sae.train import RESULT
 
 NAMES = {"pca": "PCA", "pca-largest": "PCA, k largest", "neurons": "neurons, k largest", "random": "random, k largest"}
 """Of `BASELINES`, in the table."""
@@ -168,8 +167,11 @@ def _found_again(pairs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _saes_in(folder: Location) -> list[Location]:
-    names = runs_of_grid(folder) if (folder / RESULT).exists() else {}
-    return [folder / name for name in names] or [folder]
+    """The SAEs of a grid, or the folder itself, of which loading it says what is wrong."""
+    try:
+        return [folder / name for name in runs_of_grid(folder)] or [folder]
+    except HearsaeError:
+        return [folder]
 
 
 def _plain_sites(configs: Sequence[SaeConfig]) -> list[str]:
