@@ -18,7 +18,8 @@ import numpy as np
 from sae.models import ARCHS, WITH_K, load_dictionary
 from sae.recovery import Recovery, recovery
 from sae.synthetic import SITE, SyntheticConfig, SyntheticModel, write_store
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 PLAIN = SyntheticConfig(d_in=96, features=256, l0=6.0, max_cosine=0.4)
 CORRELATED = {"correlation": 0.25, "factors": 8}

@@ -36,7 +36,7 @@ from cache.location import location
 from cache.store import ActivationStore
 from sae.models import SaeConfig
 from sae.stream import RowStream
-from sae.train import TrainConfig
+from sae.train_config import TrainConfig
 from sae.trainee import Trainee
 
 Step = Callable[[Tensor], Any]

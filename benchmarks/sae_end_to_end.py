@@ -45,7 +45,8 @@ from cache.location import location
 from cache.store import ActivationStore
 from sae.models import Centre, SaeConfig, load_dictionary
 from sae.stream import RowStream
-from sae.train import TrainConfig, learning_rate_factor, train
+from sae.train import learning_rate_factor, train
+from sae.train_config import TrainConfig
 from sae.trainee import Trainee
 
 CONTEXT = 512
@@ -203,7 +204,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         store, sizes = (location(args.store),), ((args.d_sae,), (args.k,))
-        config = TrainConfig(store, (args.site,), scratch, *sizes, rows=args.rows, batch=args.batch, threads=args.threads, quiet=True)
+        config = TrainConfig(store, (args.site,), scratch, *sizes, rows=args.rows, batch=args.batch, threads=args.threads, plots=False, quiet=True)
         batches, centre = batches_in_memory(config)
         peer_runs, missing = peers_of(config, peer_rows, torch.cat(batches[: peer_rows // args.batch]), scratch)
         for name, why in missing.items():

@@ -15,7 +15,8 @@ from sae.metrics import evaluate
 from sae.models import Dictionary, SaeConfig, load_dictionary
 from sae.recovery import best_assignment, recovery
 from sae.synthetic import BLOCK_ROWS, HELD_OUT, SITE, SyntheticConfig, SyntheticModel, write_store
-from sae.train import TrainConfig, train
+from sae.train import train
+from sae.train_config import TrainConfig
 
 EASY = SyntheticConfig(d_in=64, features=96, l0=3.0, max_cosine=0.25)
 """Few features a row, far enough apart that an encoder of one layer can tell them."""
