@@ -308,6 +308,7 @@ def test_two_drivers_on_one_store_do_no_harm(inputs, undisturbed, tmp_path, how,
         assert json.loads(out)["clips"] == CLIPS
     if apart:
         assert "hearsae: this store is being captured by process" in second[2]
-    assert json.loads(first[1])["shards_computed"] + json.loads(second[1])["shards_computed"] < CLIPS + 10  # they meet once
+        # They meet once. Two that start at the same moment may not see each other, and then do the same work side by side.
+        assert json.loads(first[1])["shards_computed"] + json.loads(second[1])["shards_computed"] < CLIPS + 10
     verified(tmp_path / "acts.zarr")
     hold_to(tmp_path / "acts.zarr", undisturbed)
