@@ -14,6 +14,7 @@ from cache.errors import HearsaeError
 from cache.location import Location, location
 from cache.model import fast_matmul
 from cache.store import ActivationStore
+from sae.baselines import random_basis
 from sae.models import Codes, Dictionary, load_dictionary
 
 KINDS = "neurons:SITE, sae:DIR or random:SITE"
@@ -59,8 +60,8 @@ class Neurons:
 class RandomBasis:
     """The control: coordinates in a random orthogonal basis, (x - mean) @ Q. Whatever it shows too is no merit of neurons or latents.
 
-    Q is uniform over the orthogonal group: QR of a Gaussian matrix, signs fixed by R's diagonal (Mezzadri, math-ph/0609050). Rows are
-    centred because a site's mean may be far larger than its spread: uncentred, every direction would hold nearly the same sign throughout.
+    Q is uniform over the orthogonal group (`sae.baselines.random_basis`). Rows are centred because a site's mean may be far larger than its
+    spread: uncentred, every direction would hold nearly the same sign throughout.
     """
 
     def __init__(self, site: str, mean: np.ndarray, seed: int) -> None:
@@ -68,9 +69,7 @@ class RandomBasis:
         self.spec = f"random:{site}"
         self.site = site
         self.count = len(mean)
-        gaussian = np.random.Generator(np.random.PCG64(seed)).standard_normal((self.count, self.count))
-        q, r = np.linalg.qr(gaussian)
-        self.basis = (q * np.where(np.diag(r) < 0, -1.0, 1.0)).astype(np.float32)
+        self.basis = random_basis(self.count, seed).astype(np.float32)
         self.mean = mean.astype(np.float32)
 
     def dense(self, rows: np.ndarray) -> np.ndarray:

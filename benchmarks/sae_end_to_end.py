@@ -17,8 +17,8 @@
 - sparsify's Trainer needs a model and text; it has no way to train from stored activations, so it is left out.
 
 Equal: rows, batch, d_sae, k, BatchTopK, float32, threads, one process; runs take turns and the median of the rounds is given. Not equal: the peers
-train on fewer rows (their steps take longer), dead latents take part in AuxK where a library's own default finds some (ours after 100,000
-rows, the peers' later than these runs end), and only ours writes what it learnt. Writing the peers' cache is not timed.
+train on fewer rows (their steps take longer), dead latents take part in AuxK where a library's own default finds some (ours after 2 % of
+the rows, 10,000 at least, the peers' later than these runs end), and only ours writes what it learnt. Writing the peers' cache is not timed.
 """
 
 import argparse

@@ -70,7 +70,8 @@ def moments(store: ActivationStore, site: str, on_rows: Callable[[int], object] 
 
 
 def random_basis(d: int, seed: int) -> np.ndarray:
-    """float64 [d, d]: orthonormal columns, uniformly distributed over all orthogonal bases (math-ph/0609050)."""
+    """float64 [d, d]: orthonormal columns, uniformly distributed over all orthogonal bases (Mezzadri, math-ph/0609050: QR of a Gaussian matrix,
+    signs fixed by R's diagonal)."""
     q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((d, d)))
     return q * np.sign(np.diag(r))
 

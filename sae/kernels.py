@@ -201,7 +201,7 @@ def decode_error(
     E: Any,
     error: Any,
     d_value: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Rows first to last: what each prefix of the latents leaves of y, and the gradient of the weighted squared errors by value.
 
     E: [prefixes, rows, d], gets the sums over this and the longer prefixes of weight * (y - y_hat); error: [prefixes, rows], the squared errors;

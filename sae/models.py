@@ -250,9 +250,9 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def with_unit_decoder(self) -> None:
         """Moves the norms of W_dec's rows into the encoder and the thresholds: the same function, for architectures in which that is so."""
-        norms = self.decoder_norms()
-        if self.config.arch in (*WITH_K,):
+        if self.config.arch in WITH_K:
             raise ValueError(f"the choice of latents of {self.config.arch} depends on their norms")
+        norms = self.decoder_norms()
         self.W_enc.mul_(norms)
         self.b_enc.mul_(norms)
         self.threshold = self.threshold * norms if self.config.arch in THRESHOLDS else self.threshold

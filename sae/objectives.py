@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sae.models import Dictionary
 from sae.ranks import Ranks
-from sae.selection import Above, BatchTopK, Keep, SparseRows, TopK
+from sae.selection import Above, BatchTopK, Keep, SparseRows, TopK, select
 from sae.sparse import Encoded, Error, decode_error, decode_error_plain, encode, encode_plain, prefixes_of
 
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)
@@ -119,10 +119,9 @@ class Objective:
         self._keep.n = self.sae.config.k * batch
         return self._keep
 
-    def _encode(self, x: Tensor, keep: Keep, dense: bool, W_enc: Tensor | None = None) -> Encoded:
+    def _encode(self, x: Tensor, keep: Keep, dense: bool) -> Encoded:
         sae = self.sae
-        shift = None if sae.config.target else sae.b_dec
-        return (encode_plain if dense else encode)(x, shift, sae.W_enc if W_enc is None else W_enc, sae.b_enc, keep)
+        return (encode_plain if dense else encode)(x, None if sae.config.target else sae.b_dec, sae.W_enc, sae.b_enc, keep)
 
     def _error(self, encoded: Encoded, y: Tensor, dense: bool) -> Error:
         return (decode_error_plain if dense else decode_error)(encoded, self.sae.W_dec, self.sae.b_dec, y, self.bounds, self.weights)
@@ -250,9 +249,7 @@ class JumpReluTanh(Objective):
         norms = sae.decoder_norms()
         few = (z * norms * TANH_SCALE).tanh().sum() / batch
         pull = ((threshold - pre).relu() * norms).sum()
-        rows, latent = z.detach().nonzero().unbind(1)
-        start = torch.nn.functional.pad(torch.bincount(rows, minlength=len(x)).cumsum(0), (1, 0)).int()
-        fired = SparseRows(start, latent.int(), z.detach()[rows, latent])
+        fired = select(pre.detach(), Above(threshold.detach()))
         squared_error = residual.square().sum()
         return Forward(squared_error, squared_error.detach(), self._ramp(progress) * few * energy + PULL * pull, residual.detach(), fired)
 

@@ -149,7 +149,7 @@ def select_slices(slices: Callable[[], Iterable[Tensor]], bias: Tensor, keep: Ke
 
     def low_enough(product: np.ndarray) -> np.ndarray:
         nonlocal low
-        low = _low_bound(product, b, round(keep.n * len(product) / rows)) if low is None else low
+        low = _low_bound(product, round(keep.n * len(product) / rows), b) if low is None else low
         return np.full(len(b), low, np.float32)
 
     found = _gather(slices(), kernels.above, b, low_enough, 2 * -(-keep.n // max(rows, 1)))
@@ -208,9 +208,7 @@ def select_batch_topk_of_ranks(pre: Tensor, n: int, ranks: Ranks) -> SparseRows:
     counters travel. pre: float32 [rows, d_sae], of this rank; the number of rows may differ between ranks. n: of all ranks.
     """
     flat = pre.flatten()
-    bounds = ranks.table(
-        torch.tensor([0.0 if pre.is_cuda else _low_bound(pre.numpy(), np.zeros(pre.shape[1], np.float32), n // ranks.world)], device=pre.device)
-    )
+    bounds = ranks.table(torch.tensor([0.0 if pre.is_cuda else _low_bound(pre.numpy(), n // ranks.world)], device=pre.device))
     for bound in dict.fromkeys((float(bounds.min()), 0.0)):
         index = _above(flat, bound)
         counts = _digit_counts(flat[index].view(torch.int32), 0, ranks)
@@ -257,7 +255,7 @@ def _above(flat: Tensor, bound: float) -> Tensor:
     return torch.nonzero(flat > bound)[:, 0] if flat.is_cuda else torch.from_numpy(np.flatnonzero(flat.numpy() > bound))
 
 
-def _low_bound(product: np.ndarray, bias: np.ndarray, n: int) -> float:
+def _low_bound(product: np.ndarray, n: int, bias: np.ndarray | float = 0.0) -> float:
     """A guess, rather too low than too high, of the n-th largest value; at least 0."""
     sample = (product[:: max(1, len(product) // BOUND_SAMPLE_ROWS)] + bias).reshape(-1)
     wanted = int(n / product.size * sample.size * BOUND_SLACK) + 1

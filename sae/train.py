@@ -27,6 +27,7 @@ from cache.model import choose_device, fast_matmul
 from cache.store import ActivationStore
 from sae.checkpoint import Checkpoint, load_checkpoint, refuse_difference, save_checkpoint
 from sae.log import Log, open_log
+from sae.metrics import EQUAL
 from sae.models import Centre
 from sae.plots import save_run_plots
 from sae.ranks import ALONE, Ranks
@@ -95,6 +96,7 @@ def train(
     with stream, _threads(config.threads), _matmul(config.precision, device), ExitStack() as stack:
         stream.start()
         centres = {site: _centre(stream, site) for site in stream.sites}
+        centring = {site: (torch.from_numpy(centre.mean).float().to(device), float(centre.scale[0])) for site, centre in centres.items()}
         grid = make_grid(config, stores)
         trainees = [Trainee(sae, config, device, ranks) for sae in (grid if only is None else grid[only])]
         folders = folders_of(config.out, grid)[only or slice(None)]
@@ -127,7 +129,7 @@ def train(
         with progress_bar(config, first) as bar:
             logs = [stack.enter_context(_log(config, *one)) for one in zip(folders, trainees, earlier, strict=True) if ranks.first]
             for step in range(first // config.batch, steps):
-                rows = Rows(next(stream).rows, centres, device)
+                rows = Rows(next(stream).rows, centring)
                 rate = learning_rate_factor(step, steps, config.warmup, config.decay)
                 behind = [i for i, checkpoint in enumerate(earlier) if checkpoint.position < stream.position]
                 for_each(partial(_step, rows=rows, rate=rate, progress=step / steps), [trainees[i] for i in behind])
@@ -165,13 +167,12 @@ def learning_rate_factor(step: int, steps: int, warmup: float, decay: float) -> 
 class Rows:
     """A batch as training sees it: centred and scaled so that mean ||x||^2 = d, site by site."""
 
-    def __init__(self, stored: dict[str, Tensor], centres: dict[str, Centre], device: torch.device) -> None:
-        """stored: site -> float32 [rows, d], overwritten."""
+    def __init__(self, stored: dict[str, Tensor], centring: dict[str, tuple[Tensor, float]]) -> None:
+        """stored: site -> float32 [rows, d], overwritten. centring: site -> (float32 [d] on the device to train on, scale)."""
         self._of: dict[tuple[str, ...], Tensor] = {}
         for site, x in stored.items():
-            centre = centres[site]
-            mean = torch.from_numpy(centre.mean).float().to(device)
-            self._of[(site,)] = x.to(device).sub_(mean).mul_(float(centre.scale[0]))
+            mean, scale = centring[site]
+            self._of[(site,)] = x.to(mean.device).sub_(mean).mul_(scale)
 
     def of(self, sites: tuple[str, ...]) -> Tensor:
         """[rows, d]: those of several sites one beside the other."""
@@ -182,7 +183,7 @@ class Rows:
 
 def _centre(stream: RowStream, site: str) -> Centre:
     stats = stream.stats(site)
-    if stats.mean_sq_dist <= 1e-12 * float(stats.mean @ stats.mean):
+    if stats.mean_sq_dist <= EQUAL * float(stats.mean @ stats.mean):
         raise HearsaeError(f"all {stats.rows} rows of {site} are equal: there is nothing to learn")
     return Centre.of(stats.mean, math.sqrt(len(stats.mean) / stats.mean_sq_dist))
 
@@ -281,10 +282,10 @@ def _finish(
         _result(folder, trainee, end)._replace(skipped_rows=skipped_rows) for folder, trainee, end in zip(folders, trainees, ends, strict=True)
     ]
     put(config.out / RESULT, _to_json({"identity": identity, "config": _settings(config), "runs": [result._asdict() for result in results]}))
-    if config.plots:
-        save_run_plots(config.out)
     for path in (config.out / RUN, *(folder / CHECKPOINT for folder in folders)):
         path.unlink(missing_ok=True)
+    if config.plots:
+        save_run_plots(config.out)
     return results
 
 

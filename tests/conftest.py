@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from cache.header import Header
 from cache.plan import Plan, SourceItem, make_plan
 from cache.sites import Site
 from cache.store import ActivationStore, Skip
+from cluster.cli import main
 
 ASSETS = Path(os.environ.get("HEARSAE_ASSETS", Path(__file__).parents[1].parent / "shared" / "assets"))
 
@@ -96,6 +99,35 @@ def write_tiny_whisper(path: Path, encoder_only: bool = False, seed: int = 0, **
     torch.save({"dims": vars(full), "model_state_dict": weights}, data)
     path.write_bytes(data.getvalue())
     return path
+
+
+@pytest.fixture
+def refused(capfd) -> Callable[..., str]:
+    """Runs a command that must fail with one line on stderr and nothing on stdout; returns the line."""
+
+    def run(*arguments: Any) -> str:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        assert (status, out) == (1, ""), (status, out, err)
+        assert err.startswith("hearsae: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def succeeds(capfd) -> Callable[..., Any]:
+    """Runs a command with --json that must succeed, with one JSON object on stdout and nothing else anywhere; returns the object."""
+
+    def run(*arguments: Any) -> Any:
+        capfd.readouterr()
+        status = main([*map(str, arguments), "--json"])
+        out, err = capfd.readouterr()
+        assert (status, err) == (0, ""), (status, out, err)
+        return json.loads(out)
+
+    return run
 
 
 @pytest.fixture(scope="session")

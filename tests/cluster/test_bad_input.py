@@ -61,35 +61,6 @@ def bench(tmp_path_factory, tiny_whisper) -> Bench:
     return bench
 
 
-@pytest.fixture
-def refused(capfd) -> Callable[..., str]:
-    """Runs a command that must fail with one line on stderr and nothing on stdout; returns the line."""
-
-    def run(*arguments: Any) -> str:
-        capfd.readouterr()
-        status = main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert (status, out) == (1, ""), (status, out, err)
-        assert err.startswith("hearsae: ") and err.count("\n") == 1 and err.endswith("\n"), err
-        return err
-
-    return run
-
-
-@pytest.fixture
-def succeeds(capfd) -> Callable[..., Any]:
-    """Runs a command with --json that must succeed, with one JSON object on stdout and nothing else anywhere; returns the object."""
-
-    def run(*arguments: Any) -> Any:
-        capfd.readouterr()
-        status = main([*map(str, arguments), "--json"])
-        out, err = capfd.readouterr()
-        assert (status, err) == (0, ""), (status, out, err)
-        return json.loads(out)
-
-    return run
-
-
 def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
 

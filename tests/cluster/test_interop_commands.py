@@ -28,41 +28,12 @@ def save(folder: Path, arch: str = "topk", **settings: Any) -> Path:
     return folder
 
 
-@pytest.fixture
-def run(capfd) -> Callable[..., Any]:
-    """Runs a command with --json that must succeed; returns the object."""
-
-    def do(*arguments: Any) -> Any:
-        capfd.readouterr()
-        status = main([*map(str, arguments), "--json"])
-        out, err = capfd.readouterr()
-        assert (status, err) == (0, ""), (status, out, err)
-        return json.loads(out)
-
-    return do
-
-
-@pytest.fixture
-def refused(capfd) -> Callable[..., str]:
-    """Runs a command that must fail with one line on stderr and nothing on stdout; returns the line."""
-
-    def do(*arguments: Any) -> str:
-        capfd.readouterr()
-        status = main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        assert (status, out) == (1, ""), (status, out, err)
-        assert err.startswith("hearsae: ") and err.count("\n") == 1 and err.endswith("\n"), err
-        return err
-
-    return do
-
-
 @pytest.mark.parametrize("form", ["saelens", "dictionary_learning", "sparsify"])
-def test_an_sae_goes_out_and_comes_back(form, model, tmp_path, run, capfd):
+def test_an_sae_goes_out_and_comes_back(form, model, tmp_path, succeeds, capfd):
     sae = save(tmp_path / "sae", model_sha256=load_model(str(model), "cpu").sha256, rows=5)
-    result = run("export", "--sae", sae, "--format", form, "--out", tmp_path / "theirs")
+    result = succeeds("export", "--sae", sae, "--format", form, "--out", tmp_path / "theirs")
     assert (result["format"], result["arch"], result["site"], len(result["files"])) == (form, "topk", SITE, 2)
-    result = run("import", "--format", form, "--source", tmp_path / "theirs", "--out", tmp_path / "back", "--model", model)
+    result = succeeds("import", "--format", form, "--source", tmp_path / "theirs", "--out", tmp_path / "back", "--model", model)
     assert (result["arch"], result["kind"], result["site"], result["k"], result["d_sae"]) == ("topk", "sae", SITE, 4, 64)
     assert result["decoder_norms"] == pytest.approx([1, 1])
     assert load_dictionary(tmp_path / "back").config == load_dictionary(sae).config
@@ -70,34 +41,34 @@ def test_an_sae_goes_out_and_comes_back(form, model, tmp_path, run, capfd):
     assert capfd.readouterr().out == f"{tmp_path / 'again'}: topk SAE of {SITE}, 32 -> 64 latents\n"
 
 
-def test_an_sae_of_others_gets_its_site_and_model(model, tmp_path, run):
-    theirs = exported(tmp_path, save(tmp_path / "sae", "relu", site=INPUT, target=OUTPUT, d_out=WIDTH), run)
+def test_an_sae_of_others_gets_its_site_and_model(model, tmp_path, succeeds):
+    theirs = exported(tmp_path, save(tmp_path / "sae", "relu", site=INPUT, target=OUTPUT, d_out=WIDTH), succeeds)
     named = ["--site", INPUT, "--target", OUTPUT, "--model", model]
-    result = run("import", "--format", "saelens", "--source", theirs, "--out", tmp_path / "back", *named)
+    result = succeeds("import", "--format", "saelens", "--source", theirs, "--out", tmp_path / "back", *named)
     assert (result["kind"], result["site"], result["target"]) == ("transcoder", INPUT, OUTPUT)
     assert result["model_sha256"] == load_model(str(model), "cpu").sha256 == load_dictionary(tmp_path / "back").config.model_sha256
 
 
-def exported(tmp_path: Path, sae: Path, run: Callable[..., Any]) -> Path:
+def exported(tmp_path: Path, sae: Path, succeeds: Callable[..., Any]) -> Path:
     """An export for SAELens that does not say that hearsae made it."""
-    run("export", "--sae", sae, "--format", "saelens", "--out", tmp_path / "theirs")
+    succeeds("export", "--sae", sae, "--format", "saelens", "--out", tmp_path / "theirs")
     config = json.loads((tmp_path / "theirs" / "cfg.json").read_text())
     (tmp_path / "theirs" / "cfg.json").write_text(json.dumps(config | {"metadata": {"sae_lens_version": "6.1.0"}}))
     return tmp_path / "theirs"
 
 
-def test_values_in_units_of_their_own_are_said(tmp_path, run, capfd):
+def test_values_in_units_of_their_own_are_said(tmp_path, succeeds, capfd):
     sae = load_dictionary(save(tmp_path / "sae", "relu"))
     sae.W_dec *= torch.linspace(0.5, 2, 64)[:, None]
     sae.save(tmp_path / "sae")
-    theirs = exported(tmp_path, tmp_path / "sae", run)
+    theirs = exported(tmp_path, tmp_path / "sae", succeeds)
     assert main(["import", "--format", "saelens", "--source", str(theirs), "--site", SITE, "--out", str(tmp_path / "back")]) == 0
     out = capfd.readouterr().out
     assert "its decoder's rows are 0.5 to 2 long" in out and "its model is not known" in out
 
 
-def test_an_import_that_can_not_be_right_is_refused(model, tmp_path, run, refused):
-    theirs = exported(tmp_path, save(tmp_path / "sae"), run)
+def test_an_import_that_can_not_be_right_is_refused(model, tmp_path, succeeds, refused):
+    theirs = exported(tmp_path, save(tmp_path / "sae"), succeeds)
     command = ["import", "--format", "saelens", "--source", theirs, "--out", tmp_path / "out"]
     for more, words in (
         ([], "does not say which site's rows it takes: name it with --site"),
@@ -124,14 +95,14 @@ def test_an_export_that_a_format_can_not_hold_is_refused(tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_serves_as_repository(tmp_path, run, refused, capfd):
+def test_a_folder_serves_as_repository(tmp_path, succeeds, refused, capfd):
     sae = save(tmp_path / "sae")
     repo = tmp_path / "repo"
-    assert run("push", "--sae", sae, "--repo", repo, "--license", "mit") == {
+    assert succeeds("push", "--sae", sae, "--repo", repo, "--license", "mit") == {
         "repo": str(repo),
         "files": ["README.md", "config.json", "sae.safetensors"],
     }
-    assert run("pull", "--repo", repo, "--out", tmp_path / "back")["arch"] == "topk"
+    assert succeeds("pull", "--repo", repo, "--out", tmp_path / "back")["arch"] == "topk"
     assert main(["pull", "--repo", str(repo), "--out", str(tmp_path / "again")]) == 0
     assert capfd.readouterr().out == f"{tmp_path / 'again'}: topk of {SITE}, 64 latents (README.md, config.json, sae.safetensors)\n"
     assert "give a new folder" in refused("pull", "--repo", repo, "--out", tmp_path / "back")
