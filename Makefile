@@ -8,7 +8,7 @@ PEERS ?= sae-lens==6.54.12 eai-sparsify==1.3.3
 # dictionary-learning asks for far more than its dictionaries need; zstandard is what they do.
 PEERS_ALONE ?= dictionary-learning==0.1.0 zstandard==0.25.0
 PEERS_READY := .venv-peers/.ready
-# Without the slow ones a few minutes; PYTEST_ARGS='-m "not gpu"' runs those too, as .ci/run does.
+# Without the slow ones under ten minutes on two cores; PYTEST_ARGS='-m "not gpu"' runs those too, as .ci/run does.
 PYTEST_ARGS ?= -m "not slow"
 
 demo: $(READY)
