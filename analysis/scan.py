@@ -11,22 +11,20 @@ only those of its `per_bin` frames of lowest hash that fall there, so a range ma
 drawn; every one of them does lie in its range.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import numpy as np
 
+from analysis.blocks import Block, blocks
 from analysis.features import Features, open_features
 from analysis.grid import BINS, fixed_point, frame_hash
 from analysis.kernels import CANDIDATE, MOMENT, Tally, merge_candidates, new_tally, tally_dense, tally_sparse, top_dense, top_sparse
 from analysis.scan_folder import Scan, refuse_other_folder, write_scan
 from cache.errors import HearsaeError
 from cache.location import Location, location
-from cache.store import ActivationStore, Span
-
-BLOCK_ROWS = 8192
-"""Rows looked at together, whole clips: enough to make a block's fixed costs small, few enough for a laptop's memory."""
+from cache.store import ActivationStore
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,9 @@ def scan(
 
 def scan_shard(features: Features, store: ActivationStore, shard: int, options: ScanOptions) -> ShardScan:
     """One committed shard. Depends on nothing but its arguments."""
-    blocks = (_scan_block(features, store, shard, spans, options) for spans in _blocks(store.spans(shard, features.site)))
-    return replace(reduce(merge, blocks, empty(features, options)), shards=(shard,))
+    nothing = empty(features, options)
+    scanned = (_scan_block(block, features.count, options, nothing.top) for block in blocks(features, store, shard))
+    return replace(reduce(merge, scanned, nothing), shards=(shard,))
 
 
 def empty(features: Features, options: ScanOptions) -> ShardScan:
@@ -175,69 +174,34 @@ def finish(merged: ShardScan, store: ActivationStore, features: Features, out: L
 # One block of rows
 
 
-def _blocks(spans: Iterable[Span]) -> Iterator[list[Span]]:
-    """Whole clips that lie within BLOCK_ROWS of each other; a longer clip is a block of its own."""
-    block: list[Span] = []
-    for span in spans:
-        if block and span.stop - block[0].start > BLOCK_ROWS:
-            yield block
-            block = []
-        block.append(span)
-    if block:
-        yield block
-
-
-def _scan_block(features: Features, store: ActivationStore, shard: int, spans: list[Span], options: ScanOptions) -> ShardScan:
-    lengths = np.array([span.stop - span.start for span in spans])
-    first_row = np.concatenate([[0], np.cumsum(lengths)])
-    clips = np.array([span.clip for span in spans], np.int32)
-    clip_of_row = np.repeat(clips, lengths)
-    frame_of_row = (np.arange(first_row[-1]) - np.repeat(first_row[:-1], lengths)).astype(np.int32)
-    rows = _read_rows(store, features.site, shard, spans, clip_of_row, frame_of_row)
-    hashes = frame_hash(options.seed, clip_of_row, frame_of_row)
+def _scan_block(block: Block, n_features: int, options: ScanOptions, empty_top: np.ndarray) -> ShardScan:
+    hashes = frame_hash(options.seed, block.clip_of_row, block.frame_of_row)
     order = np.argsort(hashes, kind="stable")
-
-    tally = new_tally(features.count, options.per_bin)
-    top = empty(features, options).top
-    codes = features.sparse(rows)
-    if codes is None:
-        values = features.dense(rows)
-        tally_dense(values, order, clip_of_row, tally)
-        top_dense(values, first_row, clips, top)
+    tally = new_tally(n_features, options.per_bin)
+    top = empty_top.copy()
+    if block.dense is not None:
+        tally_dense(block.dense, order, block.clip_of_row, tally)
+        top_dense(block.dense, block.first_row, block.clips, top)
     else:
-        start = np.searchsorted(codes.row, np.arange(len(rows) + 1))
-        tally_sparse(start, codes.latent, codes.value, order, clip_of_row, tally)
-        top_sparse(start, codes.latent, codes.value, first_row, clips, top)
+        tally_sparse(block.start, block.latent, block.value, order, block.clip_of_row, tally)
+        top_sparse(block.start, block.latent, block.value, block.first_row, block.clips, top)
 
     counts = np.ascontiguousarray(tally.histogram[:, :BINS])
     bins = np.flatnonzero(counts)
-    has_zeros = counts.sum(axis=1) < len(rows)  # of either sign, stored or left out: all of them are +0
+    n_rows = len(block.clip_of_row)
+    has_zeros = counts.sum(axis=1) < n_rows  # of either sign, stored or left out: all of them are +0
     return ShardScan(
         options=options,
         shards=(),
-        rows=len(rows),
+        rows=n_rows,
         total=fixed_point(tally.total),
         low=np.where(has_zeros, np.minimum(tally.low, 0), tally.low) + np.float32(0),
         high=np.where(has_zeros, np.maximum(tally.high, 0), tally.high) + np.float32(0),
         bins=bins,
         bin_counts=counts.ravel()[bins].astype(np.int64),
         top=top,
-        candidates=_candidates(tally, hashes, clip_of_row, frame_of_row),
+        candidates=_candidates(tally, hashes, block.clip_of_row, block.frame_of_row),
     )
-
-
-def _read_rows(store: ActivationStore, site: str, shard: int, spans: list[Span], clip_of_row: np.ndarray, frame_of_row: np.ndarray) -> np.ndarray:
-    rows = store.read(site, spans[0].start, spans[-1].stop)
-    if len(rows) > len(clip_of_row):  # skipped clips lie between
-        rows = rows[np.concatenate([np.arange(span.start, span.stop) for span in spans]) - spans[0].start]
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        bad = int(np.argmin(finite))
-        raise HearsaeError(
-            f"{site} in {store.path} has a value that is not finite in shard {shard}, clip {clip_of_row[bad]}, row {frame_of_row[bad]}: "
-            "cache that site into a new store with --dtype float32, which does not overflow"
-        )
-    return rows
 
 
 def _candidates(tally: Tally, hashes: np.ndarray, clip_of_row: np.ndarray, frame_of_row: np.ndarray) -> np.ndarray:

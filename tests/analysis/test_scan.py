@@ -280,7 +280,7 @@ def test_merging_is_associative_and_commutative(store):
 
 def test_block_size_does_not_matter(store, scanned, tmp_path, monkeypatch):
     """Blocks of one clip each, instead of whole shards. Only the last bit of a sum may differ."""
-    monkeypatch.setattr("analysis.scan.BLOCK_ROWS", 1)
+    monkeypatch.setattr("analysis.blocks.BLOCK_ROWS", 1)
     small = scan(store, f"neurons:{SITE}", tmp_path / "small", OPTIONS)
     assert files(small.path)["examples.parquet"] == files(scanned.path)["examples.parquet"]
     for name in scanned.features.column_names:
