@@ -92,11 +92,11 @@ class SaeLatents:
     @torch.no_grad()
     def dense(self, rows: np.ndarray) -> np.ndarray:
         with _reproducible_matmul():
-            return self.dictionary.encode(torch.from_numpy(rows.astype(np.float32))).numpy()
+            return self.dictionary.encode(torch.from_numpy(rows).float()).numpy()
 
     def sparse(self, rows: np.ndarray) -> Codes:
         with _reproducible_matmul():
-            return self.dictionary.encode_sparse(torch.from_numpy(rows.astype(np.float32)))
+            return self.dictionary.encode_sparse(torch.from_numpy(rows).float())
 
 
 def open_features(spec: str, store: ActivationStore, seed: int = 0) -> Features:

@@ -1,14 +1,5 @@
-"""The folder that a scan leaves: `features.parquet`, `examples.parquet`, and `scan.json`, which is written last and says what they are.
-
-**features.parquet**, one row a feature, sorted: `feature`; `rows` scanned; `active`, how many have a value > 0; `density`, their share;
-`mean`, `std`, `min`, `max` over all rows; `mean_active` over the active ones (null without any); `hist_lo`, `hist_hi`, `hist_count`, the
-non-empty bins of the value grid (`analysis.grid`), ascending; zeros are in none of them; `range_edges`, of equal width from 0 to `max`;
-`quantile_edges`, grid edges between which lie about equally many active rows. Both edges are empty for a feature that is never active.
-
-**examples.parquet**, sorted by (feature, kind, bin, rank): `feature`; `kind`, one of top, range, quantile; `bin`, 0 for top, else
-ascending by value; `rank`, best first for top, else in the order of the draw; `value`; `clip`; `frame`, within the clip (a token's index on
-the token axis); `start_s`, `end_s` within the clip's source (null on the token axis); `text` of the clip, else of its source. Only active
-frames are examples; in a (feature, kind, bin) no clip comes twice. A range is half-open, [lo, hi), but the last one includes `max`.
+"""The folder that a scan leaves: `features.parquet`, `examples.parquet`, `coactivation.parquet`, and `scan.json`, which is written last and
+says what they are. `docs/scan.md` describes every column.
 """
 
 import json
@@ -23,22 +14,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from analysis.coactivation import coactivation_table
 from analysis.features import Features
 from analysis.grid import BINS, FRACTION_BITS, MAGNITUDES, bin_edges
-from analysis.kernels import draw
+from analysis.kernels import LONGEST_RUN, draw_examples
 from cache.errors import HearsaeError
 from cache.header import software
 from cache.location import Location, arrow_input, location, put
 from cache.store import ActivationStore
 
 if TYPE_CHECKING:
-    from analysis.scan import ShardScan
+    from analysis.scan import Runs, ShardScan
 
-FORMAT = 1
-SCAN, FEATURES, EXAMPLES = "scan.json", "features.parquet", "examples.parquet"
+FORMAT = 2
+SCAN, FEATURES, EXAMPLES, COACTIVATION = "scan.json", "features.parquet", "examples.parquet", "coactivation.parquet"
 INFO = {"store": str, "features": str, "site": str, "axis": str, "count": int, "rows": int, "options": dict, "model": dict}
 """What readers take from scan.json."""
-KINDS = ("quantile", "range", "top")
+KINDS = ("bottom", "quantile", "range", "top")
 """Of examples, in the order in which they are sorted."""
 FEATURES_PER_GROUP = 64
 """Features whose examples share a row group of examples.parquet: what reading one feature's examples has to decode."""
@@ -64,7 +56,7 @@ class Scan:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise HearsaeError(f"{path / SCAN} is damaged ({error}): run 'hearsae scan' again") from error
         if found != FORMAT:
-            raise HearsaeError(f"{path} has scan format {found}; this hearsae reads format {FORMAT}")
+            raise HearsaeError(f"{path} has scan format {found}; this hearsae reads format {FORMAT}: scan it again")
         wrong = [name for name, kind in INFO.items() if not isinstance(info.get(name), kind)]
         if wrong or "sha256" not in info["model"] or "seed" not in info["options"]:
             raise HearsaeError(f"{path / SCAN} is damaged ({', '.join(wrong) or 'model or options'}): run 'hearsae scan' again")
@@ -73,13 +65,24 @@ class Scan:
     @cached_property
     def features(self) -> pa.Table:
         """`features.parquet`, whole."""
-        try:
-            table = pq.read_table(arrow_input(self.path / FEATURES))
-        except (OSError, pa.ArrowException) as error:
-            raise HearsaeError(f"{self.path / FEATURES} can't be read ({error}): run 'hearsae scan' again") from error
+        table = self._whole(FEATURES)
         if table.num_rows != self.info["count"] or not {"density", "mean", "std", "hist_count"} <= set(table.column_names):
             raise HearsaeError(f"{self.path / FEATURES} is not of this scan: run 'hearsae scan' again")
         return table
+
+    @cached_property
+    def coactivation(self) -> pa.Table:
+        """`coactivation.parquet`, whole; without rows where the scan counted no pairs."""
+        table = self._whole(COACTIVATION)
+        if not {"feature", "rank", "other", "both", "jaccard", "lift"} <= set(table.column_names):
+            raise HearsaeError(f"{self.path / COACTIVATION} is not of this scan: run 'hearsae scan' again")
+        return table
+
+    def _whole(self, name: str) -> pa.Table:
+        try:
+            return pq.read_table(arrow_input(self.path / name))
+        except (OSError, pa.ArrowException) as error:
+            raise HearsaeError(f"{self.path / name} can't be read ({error}): run 'hearsae scan' again") from error
 
     def examples(self, feature: int) -> pa.Table:
         """One feature's rows of `examples.parquet`; decodes one row group. Raises HearsaeError for a feature that does not exist."""
@@ -131,14 +134,15 @@ def refuse_other_folder(out: Location) -> None:
         names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.exists() else set()
     except OSError as error:
         raise HearsaeError(f"can't use {out} as the scan's folder: {error.strerror}") from error
-    if SCAN not in names and names - {FEATURES, EXAMPLES}:
+    if SCAN not in names and names - {FEATURES, EXAMPLES, COACTIVATION}:
         raise HearsaeError(f"{out} holds other things and is no scan: choose an empty or new folder")
 
 
 def write_scan(merged: "ShardScan", store: ActivationStore, features: Features, out: Location) -> None:
-    """Writes the three files, each atomically, `scan.json` last. Raises StoreError if the place is full or read-only."""
+    """Writes the four files, each atomically, `scan.json` last. Raises StoreError if the place is full or read-only."""
     table = feature_table(merged)
     examples = example_table(merged, table, store, store.sites[features.site]["axis"])
+    pairs = coactivation_table(merged.pairs, merged.rows, merged.options.partners(features.count))
     info = {
         "format": FORMAT,
         "store": str(store.path.absolute()),
@@ -148,23 +152,26 @@ def write_scan(merged: "ShardScan", store: ActivationStore, features: Features, 
         "count": features.count,
         "rows": merged.rows,
         "shards": len(merged.shards),
+        "coactive_rows_cut": merged.pairs.cut,
         "options": asdict(merged.options),
         "model": store.header.model,
         "software": software(),
     }
     try:
-        (out / SCAN).unlink(missing_ok=True)  # until all three are there, this is no scan
+        (out / SCAN).unlink(missing_ok=True)  # until all four are there, this is no scan
     except OSError as error:
         raise HearsaeError(f"can't write {out}: {error.strerror}") from error
     put(out / FEATURES, _parquet(table))
     put(out / EXAMPLES, _parquet(examples, FEATURES_PER_GROUP))
+    put(out / COACTIVATION, _parquet(pairs))
     put(out / SCAN, json.dumps(info, indent=1).encode())
 
 
 def _parquet(table: pa.Table, features_per_group: int | None = None) -> memoryview:
     """A Parquet file; with `features_per_group` a row group holds that many features, none of them in two."""
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+    # Without Arrow's own schema: a dictionary in memory is a plain column to whoever reads the file.
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", store_schema=False) as writer:
         if features_per_group is None:
             writer.write_table(table)
         else:
@@ -181,45 +188,74 @@ def _parquet(table: pa.Table, features_per_group: int | None = None) -> memoryvi
 
 def feature_table(merged: "ShardScan") -> pa.Table:
     """The columns of `features.parquet`."""
-    n, options, count = merged.rows, merged.options, len(merged.low)
-    feature, bin_ = merged.bins // BINS, merged.bins % BINS
+    n, options, moments = merged.rows, merged.options, merged.moments
+    count = len(moments.low)
+    feature, bin_ = np.divmod(merged.bins.keys, BINS)
     positive = bin_ >= MAGNITUDES
     active = np.zeros(count, np.int64)
-    np.add.at(active, feature[positive], merged.bin_counts[positive])
+    np.add.at(active, feature[positive], merged.bins.counts[positive])
     unit = 1 << FRACTION_BITS
     # Python divides integers of any length with one rounding.
-    variance = [max(0, n * squares * unit - total * total) / (n * unit) ** 2 for total, squares in zip(merged.total[0], merged.total[1], strict=True)]
-    mean_active = [total / (int(k) * unit) if k else None for total, k in zip(merged.total[2], active, strict=True)]
-    offsets = pa.array(np.searchsorted(feature, np.arange(count + 1)), pa.int32())
+    sums, squares, positive_sums = moments.total
+    variance = [max(0, n * square * unit - total * total) / (n * unit) ** 2 for total, square in zip(sums, squares, strict=True)]
+    mean_active = [total / (int(k) * unit) if k else None for total, k in zip(positive_sums, active, strict=True)]
+    offsets = np.searchsorted(feature, np.arange(count + 1))
     edges = bin_edges()
+    some = active > 0
+    ranges = moments.high[some, None].astype(np.float64) * np.arange(options.ranges + 1) / options.ranges
+    cuts = _quantile_cuts(feature[positive], bin_[positive], merged.bins.counts[positive], count, options.quantiles)
 
-    def histogram(values: np.ndarray) -> pa.Array:
-        return pa.ListArray.from_arrays(offsets, pa.array(values))
-
-    ranges = [_range_edges(float(high), options.ranges) if k else [] for high, k in zip(merged.high, active, strict=True)]
-    cuts = _quantile_cuts(feature[positive], bin_[positive], merged.bin_counts[positive], count, options.quantiles)
     return pa.table(
         {
             "feature": pa.array(np.arange(count), pa.int32()),
             "rows": pa.array(np.full(count, n), pa.int64()),
             "active": pa.array(active, pa.int64()),
             "density": pa.array(active / n, pa.float64()),
-            "mean": pa.array([total / (n * unit) for total in merged.total[0]], pa.float64()),
+            "mean": pa.array([total / (n * unit) for total in sums], pa.float64()),
             "std": pa.array(np.sqrt(variance), pa.float64()),
             "mean_active": pa.array(mean_active, pa.float64()),
-            "max": pa.array(merged.high, pa.float32()),
-            "min": pa.array(merged.low, pa.float32()),
-            "hist_lo": histogram(edges[bin_]),
-            "hist_hi": histogram(edges[bin_ + 1]),
-            "hist_count": histogram(merged.bin_counts),
-            "range_edges": pa.array(ranges, pa.list_(pa.float64())),
-            "quantile_edges": pa.array([edges[cut].tolist() for cut in cuts], pa.list_(pa.float64())),
+            "max": pa.array(moments.high, pa.float32()),
+            "min": pa.array(moments.low, pa.float32()),
+            **_run_columns(merged.runs),
+            "hist_lo": _lists(offsets, edges[bin_]),
+            "hist_hi": _lists(offsets, edges[bin_ + 1]),
+            "hist_count": _lists(offsets, merged.bins.counts),
+            "range_edges": _lists(np.cumsum([0, *some * (options.ranges + 1)]), ranges.ravel()),
+            "quantile_edges": _lists(np.cumsum([0, *some * (options.quantiles + 1)]), edges[cuts].ravel()),
         }
     )
 
 
-def _range_edges(high: float, ranges: int) -> list[float]:
-    return [high * i / ranges for i in range(ranges + 1)]
+def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
+
+
+def _run_columns(runs: "Runs") -> dict[str, pa.Array]:
+    """Number of runs, mean and median of their frames, mean frames from start to peak and from there to the end; null without runs."""
+    feature, length = np.divmod(runs.length.keys, LONGEST_RUN)
+    before = np.concatenate([[0], np.cumsum(runs.length.counts)])  # runs of the features and lengths before
+    first = before[np.searchsorted(feature, np.arange(len(runs.rise) + 1))]
+    n, first = np.diff(first), first[:-1]
+    none = n == 0
+    frames = np.zeros(len(n), np.int64)
+    np.add.at(frames, feature, length * runs.length.counts)
+
+    def of_run(number: np.ndarray) -> np.ndarray:
+        """Length of a feature's run of that number, by ascending length."""
+        found = np.searchsorted(before, first + number, side="right") - 1
+        return length[np.where(none, 0, found)] if len(length) else number
+
+    def mean(values: np.ndarray) -> pa.Array:
+        return pa.array(values / np.maximum(n, 1), pa.float64(), mask=none)
+
+    median = (of_run((n - 1) // 2) + of_run(n // 2)) / 2
+    return {
+        "runs": pa.array(n, pa.int64()),
+        "run_frames_mean": mean(frames),
+        "run_frames_median": pa.array(median, pa.float64(), mask=none),
+        "rise_frames_mean": mean(runs.rise),
+        "fall_frames_mean": mean(runs.fall),
+    }
 
 
 def quantile_cuts(bins: np.ndarray, counts: np.ndarray, quantiles: int) -> np.ndarray:
@@ -234,10 +270,11 @@ def quantile_cuts(bins: np.ndarray, counts: np.ndarray, quantiles: int) -> np.nd
     return edge[np.abs(below[None, :] * quantiles - share[:, None]).argmin(axis=1)]
 
 
-def _quantile_cuts(feature: np.ndarray, bins: np.ndarray, counts: np.ndarray, n_features: int, quantiles: int) -> list[np.ndarray]:
+def _quantile_cuts(feature: np.ndarray, bins: np.ndarray, counts: np.ndarray, n_features: int, quantiles: int) -> np.ndarray:
+    """int64 [features that have any, quantiles + 1]"""
     start = np.searchsorted(feature, np.arange(n_features + 1))
-    none = np.zeros(0, np.int64)
-    return [quantile_cuts(bins[a:b], counts[a:b], quantiles) if b > a else none for a, b in pairwise(start)]
+    cuts = [quantile_cuts(bins[a:b], counts[a:b], quantiles) for a, b in pairwise(start) if b > a]
+    return np.stack(cuts) if cuts else np.zeros((0, quantiles + 1), np.int64)
 
 
 # examples.parquet
@@ -245,14 +282,14 @@ def _quantile_cuts(feature: np.ndarray, bins: np.ndarray, counts: np.ndarray, n_
 
 def example_table(merged: "ShardScan", features: pa.Table, store: ActivationStore, axis: str) -> pa.Table:
     """The columns of `examples.parquet`. features: what `feature_table` gave."""
-    parts = [_top_examples(merged.top), *_drawn_examples(merged, features)]
+    parts = [_strongest("top", merged.top), _strongest("bottom", merged.bottom), _drawn_examples(merged, features)]
     column = {name: np.concatenate([part[name] for part in parts]) for name in ("feature", "kind", "bin", "rank", "value", "clip", "frame")}
     order = np.lexsort((column["rank"], column["bin"], column["kind"], column["feature"]))
     column = {name: values[order] for name, values in column.items()}
     clips = store.clips
     start_s = clips["start_s"].to_numpy()[column["clip"]] + store.header.frame_seconds * column["frame"]
     no_time = np.full(len(start_s), axis == "token")
-    text = pc.coalesce(clips["text"], clips["source_text"]).take(pa.array(column["clip"], pa.int64())).combine_chunks()
+    text = pc.dictionary_encode(pc.coalesce(clips["text"], clips["source_text"]).combine_chunks())  # a clip's text is there once, not once an example
     return pa.table(
         {
             "feature": pa.array(column["feature"], pa.int32()),
@@ -264,35 +301,25 @@ def example_table(merged: "ShardScan", features: pa.Table, store: ActivationStor
             "frame": pa.array(column["frame"], pa.int32()),
             "start_s": pa.array(start_s, pa.float64(), mask=no_time),
             "end_s": pa.array(start_s + store.header.frame_seconds, pa.float64(), mask=no_time),
-            "text": text,
+            "text": pa.DictionaryArray.from_arrays(text.indices.take(pa.array(column["clip"], pa.int64())), text.dictionary),
         }
     )
 
 
-def _top_examples(top: np.ndarray) -> dict[str, np.ndarray]:
-    feature, rank = np.nonzero(top["clip"] >= 0)
-    found = top[feature, rank]
-    kind = np.full(len(rank), KINDS.index("top"))
-    return {"feature": feature, "kind": kind, "bin": np.zeros_like(rank), "rank": rank} | {name: found[name] for name in ("value", "clip", "frame")}
+def _strongest(kind: str, moments: np.ndarray) -> dict[str, np.ndarray]:
+    feature, rank = np.nonzero(moments["clip"] >= 0)
+    found = moments[feature, rank]
+    value = -found["value"] if kind == "bottom" else found["value"]
+    where = {"feature": feature, "kind": np.full(len(rank), KINDS.index(kind)), "bin": np.zeros_like(rank), "rank": rank}
+    return where | {"value": value, "clip": found["clip"], "frame": found["frame"]}
 
 
-def _drawn_examples(merged: "ShardScan", features: pa.Table) -> list[dict[str, np.ndarray]]:
-    found, options = merged.candidates, merged.options
-    start = np.searchsorted(found["cell"], np.arange(len(merged.low) + 1) * MAGNITUDES)
-    range_edges, quantile_edges = features["range_edges"].to_pylist(), features["quantile_edges"].to_pylist()
-    grid, parts = bin_edges(), []
-    for feature in np.flatnonzero(np.diff(start)):
-        own = found[start[feature] : start[feature + 1]]
-        own = own[np.lexsort((own["clip"], own["hash"]))]
-        # A quantile's edges are those of the grid, so a value's fine bin decides, also where it lies beyond the grid.
-        lower_edge = grid[MAGNITUDES + own["cell"] % MAGNITUDES]
-        for kind, edges, value in (("range", range_edges, own["value"]), ("quantile", quantile_edges, lower_edge)):
-            n_bins = len(edges[feature]) - 1
-            # From the right: of bins with the same lower edge only the last one has any width.
-            bins = np.clip(np.searchsorted(edges[feature], value, side="right") - 1, 0, n_bins - 1)
-            taken = draw(bins, own["clip"], n_bins, options.per_bin)
-            bin_, rank = np.nonzero(taken >= 0)
-            drawn = own[taken[bin_, rank]]
-            where = {"feature": np.full(len(rank), feature), "kind": np.full(len(rank), KINDS.index(kind)), "bin": bin_, "rank": rank}
-            parts.append(where | {name: drawn[name] for name in ("value", "clip", "frame")})
-    return parts
+def _drawn_examples(merged: "ShardScan", features: pa.Table) -> dict[str, np.ndarray]:
+    options, candidates = merged.options, merged.candidates
+    start = np.searchsorted(candidates["cell"], np.arange(len(merged.top) + 1) * MAGNITUDES)
+    active = np.flatnonzero(np.diff(start))
+    ranges, quantiles = (features[name].combine_chunks().flatten().to_numpy().reshape(len(active), -1) for name in ("range_edges", "quantile_edges"))
+    kinds = np.array([KINDS.index("range"), KINDS.index("quantile")])
+    feature, kind, bin_, rank, index = draw_examples(candidates, start, active, ranges, quantiles, bin_edges()[MAGNITUDES:], kinds, options.per_bin)
+    where = {"feature": feature, "kind": kind, "bin": bin_, "rank": rank}
+    return where | {name: candidates[name][index] for name in ("value", "clip", "frame")}

@@ -205,14 +205,14 @@ def made_up_scan(options: Any, shard: int) -> Any:
     from dataclasses import replace
 
     from analysis.grid import BINS
-    from analysis.scan import empty
+    from analysis.scan import Counts, empty
 
     rng = np.random.default_rng(shard)
     bins, counts = np.unique(rng.integers(0, FEATURES * BINS, 100), return_counts=True)
     none = empty(_Features(), options)
     top = none.top.copy()
     top["clip"][:, 0], top["value"][:, 0] = shard, rng.random(FEATURES)
-    return replace(none, shards=(shard,), rows=100, bins=bins, bin_counts=counts, top=top)
+    return replace(none, shards=(shard,), rows=100, bins=Counts(bins, counts), top=top)
 
 
 class _Features:

@@ -39,7 +39,7 @@ LIST_TEXT_CHARACTERS = 160
 TOKEN_CONTEXT = 16
 LONGEST_CONTEXT_S = 30.0
 """Whisper's window."""
-KINDS = ("top", "range", "quantile")
+KINDS = ("top", "range", "quantile", "bottom")
 NOUNS = {"neurons": "neuron", "sae": "latent", "random": "direction"}
 
 Progress = Callable[[str, int, int], None]

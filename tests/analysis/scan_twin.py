@@ -1,5 +1,7 @@
 """What a scan must find, written the plain way: all values in memory, loops over features, Python's own integers."""
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,12 +59,65 @@ def bin_number(value: float) -> int:
     return int(np.clip(found, 0, BINS - 1))
 
 
-def top(rows: Rows, feature: int, k: int) -> list[Example]:
+def top(rows: Rows, feature: int, k: int, sign: int = 1, speaker_of: Sequence[object] | None = None, per_speaker: int = 0) -> list[Example]:
+    """sign -1: the most negative. speaker_of: of every clip; of each speaker at most `per_speaker`, if that is not 0."""
     best: dict[int, Example] = {}
-    for value, clip, frame in zip(rows.values[:, feature].tolist(), rows.clip.tolist(), rows.frame.tolist(), strict=True):
+    for value, clip, frame in zip((sign * rows.values[:, feature]).tolist(), rows.clip.tolist(), rows.frame.tolist(), strict=True):
         if value > 0 and (clip not in best or value > best[clip].value):
             best[clip] = Example(value, clip, frame)
-    return sorted(best.values(), key=lambda example: (-example.value, example.clip, example.frame))[:k]
+    found: list[Example] = []
+    of_speaker: Counter[object] = Counter()
+    for example in sorted(best.values(), key=lambda example: (-example.value, example.clip, example.frame)):
+        speaker = speaker_of[example.clip] if speaker_of else None
+        of_speaker[speaker] += 1
+        if not per_speaker or of_speaker[speaker] <= per_speaker:
+            found.append(example._replace(value=sign * example.value))
+    return found[:k]
+
+
+class Run(NamedTuple):
+    frames: int
+    rise: int
+    fall: int
+
+
+def runs(rows: Rows, feature: int) -> list[Run]:
+    found, current = [], []
+    ends = [*(rows.clip[1:] != rows.clip[:-1]), True]
+    for value, clip_ends in zip(rows.values[:, feature].tolist(), ends, strict=True):
+        if value > 0:
+            current.append(value)
+        if current and (value <= 0 or clip_ends):
+            peak = current.index(max(current))
+            found.append(Run(len(current), peak, len(current) - 1 - peak))
+            current = []
+    return found
+
+
+class Partner(NamedTuple):
+    other: int
+    both: int
+    jaccard: float
+    lift: float
+
+
+def counted_rows(rows: Rows, among: int) -> np.ndarray:
+    """bool [n, features]: where a feature is among the row's strongest above zero."""
+    counted = np.zeros(rows.values.shape, bool)
+    for row, values in zip(counted, rows.values.tolist(), strict=True):
+        active = [i for i, value in enumerate(values) if value > 0]
+        row[sorted(active, key=lambda i: (-values[i], i))[:among]] = True
+    return counted
+
+
+def partners(counted: np.ndarray, feature: int, n: int) -> list[Partner]:
+    found = []
+    for other in range(counted.shape[1]):
+        both = int((counted[:, feature] & counted[:, other]).sum())
+        if other != feature and both:
+            one, two = int(counted[:, feature].sum()), int(counted[:, other].sum())
+            found.append(Partner(other, both, both / (one + two - both), both * len(counted) / (one * two)))
+    return sorted(found, key=lambda partner: (-partner.jaccard, partner.other))[:n]
 
 
 def draw(rows: Rows, feature: int, lo: float, hi: float, options: ScanOptions, closed: bool = False) -> list[Example]:

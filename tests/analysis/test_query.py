@@ -122,7 +122,7 @@ def test_a_scan_adds_how_unusual_a_value_is(store, neurons, scanned):
 
 def test_every_example_is_found_again_at_its_own_time(scanned, store, neurons):
     for feature in range(WIDTH):
-        for row in feature_moments(scanned, feature):
+        for row in (row for row in feature_moments(scanned, feature) if row["kind"] != "bottom"):
             found = top_features(store, neurons, row["clip"], row["start_s"], n=WIDTH)
             by_source = top_features(store, neurons, row["source"], row["start_s"], n=WIDTH)
             assert found == by_source and {other["frame"] for other in found} == {row["frame"]}

@@ -7,6 +7,8 @@ from functools import reduce
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scan_twin as twin
 from conftest import fill_store, plan_of
@@ -14,7 +16,7 @@ from scan_twin import SITE, Example, all_rows, save_sae
 
 from analysis.features import SaeLatents, open_features
 from analysis.grid import bin_edges
-from analysis.scan import Scan, ScanOptions, ShardScan, merge, scan, scan_shard
+from analysis.scan import Scan, ScanOptions, ShardScan, merge, scan, scan_shard, speakers
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
 
@@ -92,6 +94,36 @@ def test_top_examples_are_the_strongest_frame_of_each_of_the_strongest_clips(sca
         assert examples(scanned, feature, "top") == twin.top(rows, feature, OPTIONS.top)
 
 
+def test_bottom_examples_are_the_most_negative_frame_of_each_clip(scanned, rows):
+    for feature in range(WIDTH):
+        assert examples(scanned, feature, "bottom") == twin.top(rows, feature, OPTIONS.top, sign=-1)
+    assert len(examples(scanned, NEVER_POSITIVE, "bottom")) == OPTIONS.top
+    for feature in (DEAD, ON_GRID):  # no negative value
+        assert examples(scanned, feature, "bottom") == []
+
+
+@pytest.mark.parametrize("per_speaker", [1, 3])
+def test_no_speaker_has_more_than_its_share_of_the_top_and_bottom(store, rows, tmp_path, per_speaker):
+    found = scan(store, f"neurons:{SITE}", tmp_path / "out", replace(OPTIONS, per_speaker=per_speaker))
+    speaker_of = store.clips["speaker"].to_pylist()
+    for feature in range(WIDTH):
+        for kind, sign in (("top", 1), ("bottom", -1)):
+            wanted = twin.top(rows, feature, OPTIONS.top, sign, speaker_of, per_speaker)
+            assert examples(found, feature, kind) == wanted
+    assert len(examples(found, 0, "top")) == min(OPTIONS.top, 3 * per_speaker)  # of three speakers
+    assert examples(found, 0, "range") == examples(scan(store, f"neurons:{SITE}", tmp_path / "b", OPTIONS), 0, "range")
+
+
+def test_a_clip_without_a_speaker_is_its_own(store):
+    speaker = pa.array([None, "b", None, "a", "b", None], pa.string())
+
+    class Clips:
+        clips = pa.table({"speaker": pa.chunked_array([speaker[:2], speaker[2:]])})
+
+    numbers = speakers(Clips, np.array([0, 1, 2, 3, 4, 5])).tolist()
+    assert numbers[1] == numbers[4] and len(set(numbers)) == 5
+
+
 def test_of_equal_values_the_first_clip_and_its_first_frame_win(scanned, rows):
     found = examples(scanned, TIED, "top")
     clips_with_the_maximum = np.unique(rows.clip[rows.values[:, TIED] == 2])
@@ -157,9 +189,10 @@ def test_quantile_examples_are_the_frames_of_lowest_hash_in_their_bin(scanned, r
             assert examples(scanned, feature, "quantile", i) == twin.draw(rows, feature, edges[i], edges[i + 1], OPTIONS)
 
 
-def test_a_feature_that_is_never_active_has_no_examples(scanned):
+def test_a_feature_that_is_never_active_has_no_examples_but_negative_ones(scanned):
     for feature, high in ((DEAD, 0), (NEVER_POSITIVE, None)):
-        assert scanned.examples(feature).num_rows == 0
+        assert set(scanned.examples(feature)["kind"].to_pylist()) <= {"bottom"}
+        assert scanned.examples(feature).num_rows == (0 if feature == DEAD else OPTIONS.top)
         row = scanned.features.slice(feature, 1).to_pylist()[0]
         assert row["active"] == 0 and row["density"] == 0 and row["mean_active"] is None
         assert row["range_edges"] == row["quantile_edges"] == []
@@ -219,7 +252,7 @@ def test_tokens_have_an_index_and_no_time(tmp_path):
 
 def test_scan_json_says_what_was_scanned(scanned, store, rows):
     assert scanned.info == {
-        "format": 1,
+        "format": 2,
         "store": str(store.path.absolute()),
         "features": f"neurons:{SITE}",
         "site": SITE,
@@ -227,10 +260,61 @@ def test_scan_json_says_what_was_scanned(scanned, store, rows):
         "count": WIDTH,
         "rows": len(rows.values),
         "shards": 8,
-        "options": {"top": 4, "ranges": 8, "quantiles": 5, "per_bin": 3, "seed": 7},
+        "coactive_rows_cut": 0,
+        "options": {"top": 4, "ranges": 8, "quantiles": 5, "per_bin": 3, "seed": 7} | {"per_speaker": 0, "coactive": 10, "coactive_among": 64},
         "model": store.header.model,
         "software": scanned.info["software"],
     }
+
+
+def test_runs_are_those_of_all_clips(scanned, rows):
+    for feature, row in enumerate(scanned.features.to_pylist()):
+        runs = twin.runs(rows, feature)
+        columns = [row[name] for name in ("run_frames_mean", "run_frames_median", "rise_frames_mean", "fall_frames_mean")]
+        assert row["runs"] == len(runs)
+        if runs:
+            assert sum(run.frames for run in runs) == row["active"]
+            frames = [run.frames for run in runs]
+            wanted = [np.mean(frames), np.median(frames), np.mean([run.rise for run in runs]), np.mean([run.fall for run in runs])]
+            assert columns == pytest.approx(wanted, rel=1e-14)
+        else:
+            assert columns == [None] * 4
+    assert scanned.features["runs"][ON_GRID].as_py() == len(np.unique(rows.clip))  # always positive: a run is a clip
+
+
+@pytest.mark.parametrize("among", [3, 64])
+def test_partners_are_the_features_most_often_active_together(store, rows, tmp_path, among):
+    found = scan(store, f"neurons:{SITE}", tmp_path / "out", replace(OPTIONS, coactive=6, coactive_among=among))
+    counted = twin.counted_rows(rows, among)
+    table = found.coactivation.to_pylist()
+    for feature in range(WIDTH):
+        own = [row for row in table if row["feature"] == feature]
+        assert [row["rank"] for row in own] == list(range(len(own)))
+        assert [(row["other"], row["both"]) for row in own] == [partner[:2] for partner in twin.partners(counted, feature, 6)]
+        for row, partner in zip(own, twin.partners(counted, feature, 6), strict=True):
+            assert (row["jaccard"], row["lift"]) == (partner.jaccard, pytest.approx(partner.lift, rel=1e-14))
+    assert found.info["coactive_rows_cut"] == ((rows.values > 0).sum(axis=1) > among).sum()
+    assert not {DEAD, NEVER_POSITIVE} & {row["feature"] for row in table}
+
+
+def test_pairs_are_counted_only_on_request_where_there_are_many_features(store, tmp_path):
+    assert ScanOptions().partners(8192) == 10 and ScanOptions().partners(8193) == 0 and ScanOptions(coactive=3).partners(10**5) == 3
+    none = scan(store, f"neurons:{SITE}", tmp_path / "out", replace(OPTIONS, coactive=0))
+    assert none.coactivation.num_rows == 0 and none.coactivation.column_names == ["feature", "rank", "other", "both", "jaccard", "lift"]
+    assert none.info["options"]["coactive"] == 0
+
+
+@pytest.mark.parametrize("reader", ["pandas", "duckdb"])
+def test_other_tools_read_the_tables(scanned, reader):
+    path = scanned.path / "examples.parquet"
+    if reader == "pandas":
+        columns = pytest.importorskip("pandas").read_parquet(path)
+        text, kind = columns["text"].tolist(), columns["kind"].tolist()
+    else:
+        text, kind = zip(*pytest.importorskip("duckdb").sql(f"select text, kind from '{path}'").fetchall(), strict=True)
+    table = pq.read_table(path)
+    assert table.schema.field("text").type == pa.string()
+    assert list(text) == table["text"].to_pylist() and set(kind) == {"top", "bottom", "range", "quantile"}
 
 
 # What must not matter
@@ -261,10 +345,23 @@ def over_workers(n_workers: int):
 @pytest.mark.parametrize("kind", ["neurons", "random", "sae"])
 def test_any_split_over_workers_gives_the_same_bytes(store, tmp_path, kind, workers):
     spec = f"sae:{save_sae(tmp_path / 'sae')}" if kind == "sae" else f"{kind}:{SITE}"
-    alone = scan(store, spec, tmp_path / "alone", OPTIONS)
-    shared = scan(store, spec, tmp_path / "shared", OPTIONS, map_shards=over_workers(workers))
+    options = replace(OPTIONS, per_speaker=2)
+    alone = scan(store, spec, tmp_path / "alone", options)
+    shared = scan(store, spec, tmp_path / "shared", options, map_shards=over_workers(workers))
+    assert alone.coactivation.num_rows > 100
     assert sum(len(alone.examples(feature)) for feature in range(alone.info["count"])) > 100
     assert files(alone.path) == files(shared.path)
+
+
+def same(one, other) -> bool:
+    """To the last bit."""
+    if isinstance(one, np.ndarray) and one.dtype != object:
+        return one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, ShardScan):
+        return all(same(getattr(one, name), getattr(other, name)) for name in ShardScan.__dataclass_fields__)
+    return bool(np.all(one == other))
 
 
 def test_merging_is_associative_and_commutative(store):
@@ -272,10 +369,8 @@ def test_merging_is_associative_and_commutative(store):
     parts = [scan_shard(features, store, shard, OPTIONS) for shard in store.committed(SITE)]
     forwards, backwards = reduce(merge, parts), reduce(merge, parts[::-1])
     tree = merge(merge(parts[5], merge(parts[0], parts[3])), merge(merge(parts[1], parts[6]), merge(parts[4], merge(parts[7], parts[2]))))
-    for name in ShardScan.__dataclass_fields__:
-        one = getattr(forwards, name)
-        for other in (getattr(backwards, name), getattr(tree, name)):
-            assert one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) and one.dtype != object else np.all(one == other)
+    assert same(forwards, backwards) and same(forwards, tree)
+    assert not same(forwards, parts[0])
 
 
 def test_block_size_does_not_matter(store, scanned, tmp_path, monkeypatch):
@@ -287,6 +382,19 @@ def test_block_size_does_not_matter(store, scanned, tmp_path, monkeypatch):
         if name not in ("mean", "std", "mean_active"):
             assert small.features[name].equals(scanned.features[name])
     np.testing.assert_allclose(column(small, "mean"), column(scanned, "mean"), rtol=1e-13)
+
+
+def test_shard_size_does_not_matter(tmp_path):
+    """The same clips in other shards have the same numbers, and so the same hashes."""
+    folders = []
+    for shard_rows in (192, 1024):
+        plan = plan_of(SECONDS, shard_rows=shard_rows, chunk_rows=64)
+        made = fill_store(tmp_path / f"{shard_rows}.zarr", plan, {SITE: WIDTH}, made_up_rows)
+        folders.append(files(scan(made, f"neurons:{SITE}", tmp_path / f"{shard_rows}.scan", OPTIONS).path))
+        shards = plan.axes["frame"].shards
+    assert shards < 5
+    assert folders[0]["examples.parquet"] == folders[1]["examples.parquet"]
+    assert folders[0]["coactivation.parquet"] == folders[1]["coactivation.parquet"]
 
 
 def test_the_same_scan_twice_gives_the_same_bytes(store, scanned, tmp_path):
@@ -313,9 +421,7 @@ def test_sparse_and_dense_codes_of_an_sae_give_the_same_scan(store, tmp_path):
     sparse = open_features(f"sae:{save_sae(tmp_path / 'sae')}", store)
     dense = Scattered(sparse.spec, sparse.dictionary)
     for shard in store.committed(SITE):
-        one, other = scan_shard(sparse, store, shard, OPTIONS), scan_shard(dense, store, shard, OPTIONS)
-        for name in ShardScan.__dataclass_fields__:
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        assert same(scan_shard(sparse, store, shard, OPTIONS), scan_shard(dense, store, shard, OPTIONS))
 
 
 def test_an_sae_scan_finds_what_its_dense_codes_hold(store, tmp_path):
@@ -397,7 +503,17 @@ def test_lost_results_are_noticed(store, tmp_path):
         scan(store, f"neurons:{SITE}", tmp_path / "out", OPTIONS, map_shards=lambda function, shards: map(function, [0, *shards]))
 
 
-@pytest.mark.parametrize(("options", "complaint"), [({"top": 0}, "--top 0"), ({"per_bin": -1}, "--per-bin -1"), ({"seed": -1}, "--seed -1")])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"top": 0}, "--top 0"),
+        ({"per_bin": -1}, "--per-bin -1"),
+        ({"per_speaker": -1}, "--per-speaker -1"),
+        ({"coactive": -2}, "--coactive -2"),
+        ({"coactive_among": 0}, "--coactive-among 0"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
 def test_options_without_sense_are_refused(options, complaint):
     with pytest.raises(HearsaeError, match=complaint):
         ScanOptions(**options)
@@ -410,12 +526,14 @@ def test_what_is_no_scan_is_not_opened_as_one(scanned, tmp_path):
     with pytest.raises(HearsaeError, match="damaged"):
         Scan.open(tmp_path)
     (tmp_path / "scan.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(HearsaeError, match="has scan format 99; this hearsae reads format 1"):
+    with pytest.raises(HearsaeError, match="has scan format 99; this hearsae reads format 2: scan it again"):
         Scan.open(tmp_path)
     (tmp_path / "scan.json").write_text(json.dumps(scanned.info))
     with pytest.raises(HearsaeError, match=r"features.parquet can't be read"):
         _ = Scan.open(tmp_path).features
     with pytest.raises(HearsaeError, match=r"examples.parquet can't be read"):
         Scan.open(tmp_path).examples(0)
+    with pytest.raises(HearsaeError, match=r"coactivation.parquet can't be read"):
+        _ = Scan.open(tmp_path).coactivation
     with pytest.raises(HearsaeError, match=r"there is no feature 16 in .*: it has features 0 to 15"):
         scanned.examples(16)
