@@ -77,12 +77,13 @@ def strongest(feature, value, n, among):
     for i in range(n):
         equal -= value[i] > cut
     kept = 0
-    for i in range(n):
-        if value[i] > cut or (value[i] == cut and equal > 0):
-            equal -= value[i] == cut
-            feature[kept] = feature[i]
-            value[kept] = value[i]
-            kept += 1
+    for i in range(n):  # without a branch: which values are larger is hard to foresee
+        v = value[i]
+        feature[kept] = feature[i]
+        value[kept] = v
+        stays = (v == cut) & (equal > 0)
+        equal -= stays
+        kept += stays | (v > cut)
     return kept
 
 
@@ -128,10 +129,11 @@ def _count_dense(values, among, both, active):
 @njit(cache=True)
 def _larger(values, low, feature, strength):
     n = 0
-    for j in range(len(values)):  # without a branch: which values are larger is hard to foresee
+    for j in range(len(values)):  # without a branch, again
         feature[n] = j
-        strength[n] = values[j]
         n += values[j] > low
+    for i in range(n):
+        strength[i] = values[feature[i]]
     return n
 
 

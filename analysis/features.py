@@ -1,6 +1,6 @@
-"""What is examined: one interface for the neurons of a site, the latents of an SAE, and a random basis to compare them with.
+"""What is examined: one interface for the neurons of a site, the latents of an SAE, and two bases to compare them with.
 
-A specification names the features: `neurons:SITE`, `sae:DIR`, `random:SITE`.
+A specification names the features: `neurons:SITE`, `sae:DIR`, `pca:SITE`, `random:SITE`.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from cache.errors import HearsaeError
 from cache.location import Location, location
 from cache.model import fast_matmul
 from cache.store import ActivationStore
-from sae.baselines import random_basis
+from sae.baselines import moments, random_basis
 from sae.models import Codes, Dictionary, load_dictionary
 
-KINDS = "neurons:SITE, sae:DIR or random:SITE"
+KINDS = "neurons:SITE, sae:DIR, pca:SITE or random:SITE"
 
 
 class Features(Protocol):
@@ -25,7 +25,7 @@ class Features(Protocol):
 
     @property
     def spec(self) -> str:
-        """`neurons:SITE`, `sae:DIR` (DIR absolute) or `random:SITE`."""
+        """`neurons:SITE`, `sae:DIR` (DIR absolute), `pca:SITE` or `random:SITE`."""
 
     @property
     def site(self) -> str:
@@ -57,19 +57,19 @@ class Neurons:
         return None
 
 
-class RandomBasis:
-    """The control: coordinates in a random orthogonal basis, (x - mean) @ Q. Whatever it shows too is no merit of neurons or latents.
+class Basis:
+    """Coordinates of centred rows in an orthonormal basis, (x - mean) @ Q.
 
-    Q is uniform over the orthogonal group (`sae.baselines.random_basis`). Rows are centred because a site's mean may be far larger than its
-    spread: uncentred, every direction would hold nearly the same sign throughout.
+    Rows are centred because a site's mean may be far larger than its spread: uncentred, every direction would hold nearly the same sign
+    throughout.
     """
 
-    def __init__(self, site: str, mean: np.ndarray, seed: int) -> None:
-        """mean: float64 [d], of the site's rows."""
-        self.spec = f"random:{site}"
+    def __init__(self, spec: str, site: str, mean: np.ndarray, basis: np.ndarray) -> None:
+        """mean: float64 [d], of the site's rows. basis: float64 [d, d], orthonormal columns."""
+        self.spec = spec
         self.site = site
         self.count = len(mean)
-        self.basis = random_basis(self.count, seed).astype(np.float32)
+        self.basis = basis.astype(np.float32)
         self.mean = mean.astype(np.float32)
 
     def dense(self, rows: np.ndarray) -> np.ndarray:
@@ -78,6 +78,24 @@ class RandomBasis:
 
     def sparse(self, rows: np.ndarray) -> None:
         return None
+
+
+def random_features(store: ActivationStore, site: str, seed: int) -> Basis:
+    """The control: a basis that is uniform over the orthogonal group (`sae.baselines.random_basis`). Whatever it shows too is no merit of
+    neurons or latents."""
+    return Basis(f"random:{site}", site, store.stats(site).mean, random_basis(store.sites[site]["width"], seed))
+
+
+def principal_components(store: ActivationStore, site: str) -> Basis:
+    """The principal axes of all committed rows, by falling variance. Of an axis' two signs the one whose largest coefficient is positive.
+
+    Reads the site once, in this process and on one thread, so that the axes are the same whoever scans: d^2 products in float64 a row.
+    """
+    with _one_thread():
+        found = moments(store, site)
+        axes = found.principal_axes()
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0)[0]
+    return Basis(f"pca:{site}", site, found.mean, axes * np.where(largest < 0, -1.0, 1.0))
 
 
 class SaeLatents:
@@ -102,21 +120,19 @@ class SaeLatents:
 def open_features(spec: str, store: ActivationStore, seed: int = 0) -> Features:
     """The features that `spec` names, over the rows of `store`.
 
-    seed: of the random basis.
+    seed: of the random basis. For principal components this reads all rows of the site, for a random basis the commit records.
     Raises HearsaeError for a specification that can't be read, a site that the store does not have, and an SAE that was made for
     another model, site or width.
     """
     kind, _, name = spec.partition(":")
-    if kind == "pca" and name:
-        raise HearsaeError(f"features '{spec}': PCA is not built yet; use {KINDS}")
-    if kind not in ("neurons", "sae", "random") or not name:
+    if kind not in ("neurons", "sae", "pca", "random") or not name:
         raise HearsaeError(f"features '{spec}' can't be read: use {KINDS}")
     if kind == "sae":
         return _open_sae(location(name), store)
     store.axis(name)  # refuses a site that is not there
     if kind == "neurons":
         return Neurons(name, store.sites[name]["width"])
-    return RandomBasis(name, store.stats(name).mean, seed)
+    return principal_components(store, name) if kind == "pca" else random_features(store, name, seed)
 
 
 def _open_sae(folder: Location, store: ActivationStore) -> SaeLatents:
@@ -139,11 +155,16 @@ def _open_sae(folder: Location, store: ActivationStore) -> SaeLatents:
 
 @contextmanager
 def _reproducible_matmul() -> Iterator[None]:
-    """One thread, whatever the process was given: how a product is split over threads may change its last bit."""
+    with _one_thread(), fast_matmul():
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Whatever the process was given: how a product is split over threads may change its last bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with fast_matmul():
-            yield
+        yield
     finally:
         torch.set_num_threads(threads)

@@ -155,6 +155,9 @@ def scan(
     """
     options = options or ScanOptions()
     refuse_other_folder(location(out))
+    kind, _, site = spec.partition(":")
+    if follow is not None and kind in ("pca", "random") and store.committed(site) != list(range(store.axis(site).shards)):
+        raise HearsaeError(f"{spec} follows from all rows, and {store.path} is not complete: scan it once 'hearsae cache' has finished")
     features = open_features(spec, store, options.seed)
     options = replace(options, coactive=options.partners(features.count))
     scan_one = partial(scan_shard, features, store, options=options)
@@ -163,8 +166,6 @@ def scan(
         shards = expected = store.committed(features.site)
     else:
         expected = list(range(store.axis(features.site).shards))
-        if spec.startswith(("random:", "pca:")) and store.committed(features.site) != expected:
-            raise HearsaeError(f"{spec} follows from all rows, and {store.path} is not complete: scan it once 'hearsae cache' has finished")
         shards = store.arriving(features.site, patience=follow)
     merged = reduce(merge, map_shards(scan_one, shards), empty(features, options))
     if list(merged.shards) != expected:

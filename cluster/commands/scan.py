@@ -21,14 +21,15 @@ class _What:
     store: Location
     """The store to scan."""
     features: str
-    """neurons:SITE, sae:DIR or random:SITE (a random orthogonal basis of the site)."""
+    """neurons:SITE, sae:DIR, pca:SITE (principal components of the site) or random:SITE (a random orthogonal basis of it)."""
     out: Location
     """Folder for the results."""
 
 
 @dataclass(frozen=True)
 class Scan(Output, WorkerOptions, ScanOptions, _What):
-    """Find when every feature of a set is active and how strongly: strongest moments, examples of every level, histogram."""
+    """Find when every feature of a set is active and how strongly: strongest and most negative moments, examples of every
+    level, histogram, how long it lasts, partners."""
 
     follow: bool = False
     """Scan a store that 'hearsae cache' is still writing, each shard as it is committed, until all are."""

@@ -1,4 +1,4 @@
-"""Neurons, SAE latents and a random basis behind one interface."""
+"""Neurons, SAE latents, principal components and a random basis behind one interface."""
 
 import pickle
 from pathlib import Path
@@ -62,6 +62,34 @@ def test_random_directions_have_no_preferred_sign(store):
     assert 8 < sum(signs) < 32
 
 
+def test_principal_components_are_uncorrelated_and_fall_in_variance(tmp_path):
+    generator = np.random.Generator(np.random.PCG64(1))
+    mix = generator.standard_normal((16, 16))
+    plan = plan_of([1.0] * 4, shard_rows=128, chunk_rows=64)
+    made = fill_store(tmp_path / "acts.zarr", plan, {SITE: 16}, lambda site, clip, n: generator.standard_normal((n, 16)) @ mix + 20)
+    features = open_features(f"pca:{SITE}", made)
+    rows = rows_of(made)
+    values = features.dense(rows).astype(np.float64)
+    np.testing.assert_allclose(values.mean(axis=0), 0, atol=1e-4)
+    covariance = np.cov(rows.astype(np.float64).T, ddof=0)
+    np.testing.assert_allclose(np.cov(values.T, ddof=0), np.diag(np.linalg.eigvalsh(covariance)[::-1]), atol=1e-3)
+    assert (np.abs(features.basis).argmax(axis=0) == features.basis.argmax(axis=0)).all()  # of either sign the one with the largest positive
+    assert (features.spec, features.count, features.sparse(rows)) == (f"pca:{SITE}", 16, None)
+
+
+def test_principal_components_do_not_depend_on_the_threads(store):
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found.append(open_features(f"pca:{SITE}", store).basis)
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(threads)
+    np.testing.assert_array_equal(*found)
+
+
 def test_sae_latents_are_what_the_dictionary_encodes(store, tmp_path):
     folder = save_sae(tmp_path / "sae")
     features = open_features(f"sae:{folder}", store)
@@ -75,7 +103,7 @@ def test_sae_latents_are_what_the_dictionary_encodes(store, tmp_path):
     np.testing.assert_allclose(scattered, values, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["neurons", "random", "sae"])
+@pytest.mark.parametrize("kind", ["neurons", "random", "pca", "sae"])
 def test_features_travel_to_other_processes(store, tmp_path, kind):
     spec = f"sae:{save_sae(tmp_path / 'sae')}" if kind == "sae" else f"{kind}:{SITE}"
     features = open_features(spec, store)
@@ -109,9 +137,9 @@ def test_an_sae_of_another_site_width_or_model_is_refused(store, tmp_path, made_
     [
         ("neurons:encoder.blocks.7", "no site 'encoder.blocks.7'"),
         ("random:encoder.blocks.7", "no site 'encoder.blocks.7'"),
-        ("pca:encoder.blocks.0", "PCA is not built yet"),
+        ("pca:encoder.blocks.7", "no site 'encoder.blocks.7'"),
         ("sae:/nowhere", "there is no SAE in /nowhere"),
-        ("encoder.blocks.0", "can't be read: use neurons:SITE, sae:DIR or random:SITE"),
+        ("encoder.blocks.0", "can't be read: use neurons:SITE, sae:DIR, pca:SITE or random:SITE"),
         ("neurons:", "can't be read"),
         ("axes:encoder.blocks.0", "can't be read"),
     ],

@@ -342,7 +342,7 @@ def over_workers(n_workers: int):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])
-@pytest.mark.parametrize("kind", ["neurons", "random", "sae"])
+@pytest.mark.parametrize("kind", ["neurons", "random", "pca", "sae"])
 def test_any_split_over_workers_gives_the_same_bytes(store, tmp_path, kind, workers):
     spec = f"sae:{save_sae(tmp_path / 'sae')}" if kind == "sae" else f"{kind}:{SITE}"
     options = replace(OPTIONS, per_speaker=2)

@@ -517,7 +517,7 @@ DAMAGED_SCANS: dict[str, Callable[[Path], Any]] = {
     "no scan.json": lambda scan: (scan / "scan.json").unlink(),
     "empty scan.json": lambda scan: (scan / "scan.json").write_text(""),
     "a list": lambda scan: (scan / "scan.json").write_text("[]"),
-    "a format and nothing else": lambda scan: (scan / "scan.json").write_text('{"format": 1}'),
+    "a format and nothing else": lambda scan: (scan / "scan.json").write_text('{"format": 2}'),
     "a later format": lambda scan: edit_json(scan / "scan.json", format=9),
     "a count of text": lambda scan: edit_json(scan / "scan.json", count="32"),
     "another count": lambda scan: edit_json(scan / "scan.json", count=500),

@@ -263,7 +263,7 @@ def test_a_basis_that_needs_all_rows_does_not_follow(tmp_path, capsys):
     record = store._record_path(SITE, 3).read_bytes()
     store._record_path(SITE, 3).unlink()
     assert main(command) == 1
-    assert "needs the mean of all rows" in capsys.readouterr().err
+    assert "follows from all rows" in capsys.readouterr().err
     store._record_path(SITE, 3).write_bytes(record)
     assert main(command) == 0
 
