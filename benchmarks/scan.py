@@ -168,9 +168,8 @@ def compare(store: ActivationStore, spec: str, n_clips: int, loop_features: int,
             seconds[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     million = 1e6 / len(contenders.rows)
-    print(
-        f"{len(contenders.rows)} rows of {n_clips} clips, {features.count} latents, median of {rounds} rounds; loop: {loop_features} latents, extrapolated"
-    )
+    print(f"{len(contenders.rows)} rows of {n_clips} clips, {features.count} latents, median of {rounds} rounds")
+    print(f"loop: {loop_features} latents, extrapolated")
     print(f"  {'':12} {'s a million rows':>17} {'beyond encoding':>16} {'of scan':>8} {'beyond, of scan':>16}  latents that differ")
     own = medians["scan"] - medians["encode"]
     for name, taken in medians.items():
