@@ -9,8 +9,8 @@ Everything runs on one thread, on the blocks of the first shards of the store; c
   `--features` features of `--clips` clips and extrapolated linearly in the features, apart from encoding, which it needs once.
   `torch.topk`: encode densely, largest value of every clip, a running merge by topk. `duckdb`: encode sparsely, then SQL over (feature, value,
   clip). `scan`: a scan's own loops, with everything else that it finds, pairs too. `top alone`: of these the one that finds the top.
-  Each one's moments are compared with those of the scan; encoding in other batches may move a value's last bits, so clips and values are
-  compared to 1e-4.
+  Each one's values are compared with those of the scan, to 1e-4: encoding in other batches may move their last bits. "Beyond encoding" of
+  ours and of duckdb also holds what turns results into Python lists, a fixed cost that weighs less on more clips.
 - `--profile` splits whole scans, of the latents and of `--site`, into their parts.
 """
 
