@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,10 +44,12 @@ def save_mix(mix: PhoneMix, title: str, path: Path) -> None:
     """Draws `mix` into a file. Raises HearsaeError for another ending than those of FORMATS, and where the file can't be written."""
     if path.suffix.lower() not in FORMATS:
         raise HearsaeError(f"can't draw {path}: its name must end in {' or '.join(FORMATS)}")
-    data = io.BytesIO()
-    # Without a date the same picture has the same bytes.
-    metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
-    draw_mix(mix, title).savefig(data, format=path.suffix[1:].lower(), dpi=DPI, metadata=metadata)
+    import matplotlib
+
+    data, kind = io.BytesIO(), path.suffix[1:].lower()
+    # Without a date and random names of parts, the same picture has the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "hearsae"}):
+        draw_mix(mix, title).savefig(data, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else {})
     put(path, data.getvalue())
 
 

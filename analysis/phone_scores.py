@@ -40,6 +40,8 @@ LEAST_EXCESS = 0.05
 """Below it, a stratum is as good as the base mix: it says nothing."""
 Z_95 = 1.959963984540054
 """Of the normal distribution, two-sided."""
+STUDENT_95 = (12.706204736432095, 4.302652729911275, 3.182446305284263, 2.7764451051977987)
+"""Of Student's t with 1, 2, ... degrees of freedom, two-sided."""
 
 
 class AucTable(NamedTuple):
@@ -162,8 +164,9 @@ def targets(counts: PhoneCounts, table: AucTable) -> Targets:
             inside = by_phone[f, phone[feature]]
             hits, detections = (np.cumsum(h[:ZERO:-1])[::-1] for h in (inside, everything[f]))  # at and above each positive bin
             f1 = 2 * hits / (detections + inside.sum())
+            highest = len(f1) - 1 - f1[::-1].argmax()  # of equally good ones
             # The bin next to zero begins above zero: zeros are not active.
-            threshold[feature] = max(np.float32(lo[ZERO + 1 + f1.argmax()]), np.finfo(np.float32).smallest_subnormal)
+            threshold[feature] = max(np.float32(lo[ZERO + 1 + highest]), np.finfo(np.float32).smallest_subnormal)
             enough = np.flatnonzero(detections >= TOP_FRAMES)
             if len(enough):
                 top_from[feature] = min(TOP_SHARE * float(counts.high[feature]), lo[ZERO + 1 + enough[-1]])
@@ -251,9 +254,9 @@ def jackknife(values: np.ndarray, weight: np.ndarray, low: float = -np.inf, high
 
 
 def student_95(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t: exact for 1 and 2 degrees of freedom, else the expansion of Abramowitz and Stegun, 26.7.5."""
-    if freedom <= 2:
-        return {1: 12.706204736432095, 2: 4.302652729911275}[freedom]
+    """Two-sided 95 % quantile of Student's t: exact for few degrees of freedom, else the expansion of Abramowitz and Stegun, 26.7.5."""
+    if freedom <= len(STUDENT_95):
+        return STUDENT_95[freedom - 1]
     z, v = Z_95, freedom
     terms = (z**3 + z) / 4 / v, (5 * z**5 + 16 * z**3 + 3 * z) / 96 / v**2, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384 / v**3
     return z + sum(terms)
