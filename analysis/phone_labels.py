@@ -106,19 +106,20 @@ def labels_of(phones: pa.Table, clips: pa.Table, seed: int = 0) -> PhoneLabels:
     names = tuple(sorted(set(spelled)))
     index = np.array([names.index(name) for name in spelled], np.int16)
     clip = phones["clip"].to_numpy()
-    clip_start_us = _us(clips["start_s"].to_numpy())[clip]
+    clip_start_us = microseconds(clips["start_s"].to_numpy())[clip]
     return PhoneLabels(
         phones=names,
         first=np.searchsorted(clip, np.arange(clips.num_rows + 1)),
-        start_us=_us(phones["start_s"].to_numpy()) - clip_start_us,
-        end_us=_us(phones["end_s"].to_numpy()) - clip_start_us,
+        start_us=microseconds(phones["start_s"].to_numpy()) - clip_start_us,
+        end_us=microseconds(phones["end_s"].to_numpy()) - clip_start_us,
         phone=index[encoded.indices.to_numpy()],
         group=groups_of(clips),
         seed=seed,
     )
 
 
-def _us(seconds: np.ndarray) -> np.ndarray:
+def microseconds(seconds: np.ndarray) -> np.ndarray:
+    """Seconds, to the nearest whole microsecond, int64."""
     return np.round(seconds * _MICROSECONDS).astype(np.int64)
 
 

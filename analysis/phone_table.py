@@ -10,6 +10,8 @@ from analysis.evidence import PhoneEvidence, PhoneMix
 
 LEVELS = (0.8, 0.9)
 """Of AUC: the summary counts the features above."""
+F1_LEVELS = (0.5, 0.7)
+"""Of F1, likewise."""
 LEAST_IN_RANGE = 10
 """Frames that a range must hold to be spoken of."""
 LEAST_BEYOND = 0.1
@@ -95,15 +97,21 @@ def _first(values: np.ndarray, n: int) -> list[int]:
 
 
 def summary(evidence: PhoneEvidence) -> dict[str, Any]:
-    """How many features tell their best phone, or class, with an AUC above LEVELS; the same under shuffled labels; the phones that they cover."""
+    """How many features tell their best phone, or class, well, and how many would under shuffled labels.
+
+    `significant`: features whose phone has p <= MOST_P; `polysemanticity_median` is theirs. `phones_covered`: by features with an F1 above the
+    first of F1_LEVELS.
+    """
     scores = evidence.scores
     result: dict[str, Any] = {"features": scores.num_rows, "with_phone": scores.num_rows - scores["phone"].null_count}
-    for name in ("auc", "auc_active", "class_auc", "auc_shuffled"):
+    levels = {"auc": LEVELS, "auc_active": LEVELS, "class_auc": LEVELS, "auc_shuffled": LEVELS, "f1": F1_LEVELS}
+    for name, above in levels.items():
         values = scores[name].to_numpy()
-        result[name] = {f"above_{level}": int((values > level).sum()) for level in LEVELS} | {"median": _median(values), "max": _largest(values)}
-    told = scores.filter(pc.greater(scores["auc"], LEVELS[0]))
-    result["phones_covered"] = sorted(set(told["phone"].to_pylist()))
-    result["significant"] = int((scores["p_value"].to_numpy() <= MOST_P).sum())
+        result[name] = {f"above_{level}": int((values > level).sum()) for level in above} | {"median": _median(values), "max": _largest(values)}
+    significant = scores["p_value"].to_numpy() <= MOST_P
+    result["significant"] = int(significant.sum())
+    result["polysemanticity_median"] = _median(scores["polysemanticity"].to_numpy()[significant])
+    result["phones_covered"] = sorted(set(scores.filter(pc.greater(scores["f1"], F1_LEVELS[0]))["phone"].to_pylist()))
     return result
 
 

@@ -10,7 +10,7 @@ import tyro
 from analysis.evidence import PhoneEvidence
 from analysis.explorer.export import parse_features
 from analysis.phone_figure import save_mix
-from analysis.phone_table import LEVELS, most_polysemantic, phone_rows, strongest, summary
+from analysis.phone_table import F1_LEVELS, LEVELS, MOST_P, most_polysemantic, phone_rows, strongest, summary
 from analysis.scan import Scan
 from cache.errors import HearsaeError
 from cache.location import Location, put
@@ -104,12 +104,18 @@ def _counts(found: dict[str, Any]) -> list[str]:
         "auc_shuffled": "best phone, shuffled labels",
     }
     lines = [f"of {found['features']} features, AUC above {' / above '.join(map(str, LEVELS))}:"]
-    for name, words in names.items():
-        counts = " / ".join(str(found[name][f"above_{level}"]) for level in LEVELS)
-        median, largest = ("-" if found[name][key] is None else f"{found[name][key]:.2f}" for key in ("median", "max"))
-        lines.append(f"  {words}: {counts}; median {median}, largest {largest}")
-    lines.append(f"  better than shuffled labels with p <= 0.01: {found['significant']}")
+    lines += [f"  {words}: {_above(found[name], LEVELS)}" for name, words in names.items()]
+    lines.append(
+        f"  F1 above {' / above '.join(map(str, F1_LEVELS))}: {_above(found['f1'], F1_LEVELS)}; phones with such a feature: {len(found['phones_covered'])}"
+    )
+    change = "" if found["polysemanticity_median"] is None else f"; their median polysemanticity {found['polysemanticity_median']:.2f}"
+    lines.append(f"  better than shuffled labels with p <= {MOST_P}: {found['significant']}{change}")
     return lines
+
+
+def _above(counts: dict[str, Any], levels: tuple[float, ...]) -> str:
+    median, largest = ("-" if counts[key] is None else f"{counts[key]:.2f}" for key in ("median", "max"))
+    return f"{' / '.join(str(counts[f'above_{level}']) for level in levels)}; median {median}, largest {largest}"
 
 
 def _title(evidence: PhoneEvidence, feature: int) -> str:
