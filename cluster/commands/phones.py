@@ -105,9 +105,8 @@ def _counts(found: dict[str, Any]) -> list[str]:
     }
     lines = [f"of {found['features']} features, AUC above {' / above '.join(map(str, LEVELS))}:"]
     lines += [f"  {words}: {_above(found[name], LEVELS)}" for name, words in names.items()]
-    lines.append(
-        f"  F1 above {' / above '.join(map(str, F1_LEVELS))}: {_above(found['f1'], F1_LEVELS)}; phones with such a feature: {len(found['phones_covered'])}"
-    )
+    covered = f"phones with such a feature: {len(found['phones_covered'])}"
+    lines.append(f"  F1 above {' / above '.join(map(str, F1_LEVELS))}: {_above(found['f1'], F1_LEVELS)}; {covered}")
     change = "" if found["polysemanticity_median"] is None else f"; their median polysemanticity {found['polysemanticity_median']:.2f}"
     lines.append(f"  better than shuffled labels with p <= {MOST_P}: {found['significant']}{change}")
     return lines
