@@ -72,9 +72,11 @@ def measure(
 ) -> None:
     """Goes over a store's committed rows, twice or, with the first pass's `counts` at hand, once, and writes the four files into `out`.
 
-    reduce_shards: default: in this process, one shard after the other. Raises HearsaeError where no frame has a label, and where shards were
-    added between the passes.
+    reduce_shards: default: in this process, one shard after the other. Raises HearsaeError for a site on the token axis, where no
+    frame has a label, and where shards were added between the passes.
     """
+    if store.sites[features.site]["axis"] != "frame":
+        raise HearsaeError(f"{features.site} has tokens, not frames: phones can be compared with encoder sites only")
     over = reduce_shards or _in_this_process(store, features.site)
     if counts is None:
         counts = over(partial(count_shard, features, store, labels), merge_counts)
@@ -206,6 +208,9 @@ class PhoneEvidence:
     def __init__(self, scan: Scan) -> None:
         """Use `open`."""
         self.scan = scan
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._last: dict[str, tuple[list[int], pa.Table]] = {}
+        """Of each file that is read by feature, the row groups read last: neighbouring features share them."""
 
     @classmethod
     def open(cls, scan: Scan) -> "PhoneEvidence":
@@ -263,10 +268,18 @@ class PhoneEvidence:
         self.scan.check(feature)
         path = self.scan.path / name
         try:
-            file = pq.ParquetFile(arrow_input(path))
+            file = self._file(name)
             groups = [file.metadata.row_group(i).column(0).statistics for i in range(file.metadata.num_row_groups)]
-            table = file.read_row_groups([i for i, group in enumerate(groups) if group.min <= feature <= group.max])
+            wanted = [i for i, group in enumerate(groups) if group.min <= feature <= group.max]
+            if name not in self._last or self._last[name][0] != wanted:
+                self._last[name] = (wanted, file.read_row_groups(wanted))
         except (OSError, pa.ArrowException) as error:
             raise HearsaeError(f"{path} can't be read ({error}): run 'hearsae scan' again") from error
+        _, table = self._last[name]
         start, stop = np.searchsorted(table["feature"].to_numpy(), [feature, feature + 1])
         return table.slice(start, stop - start)
+
+    def _file(self, name: str) -> pq.ParquetFile:
+        if name not in self._files:
+            self._files[name] = pq.ParquetFile(arrow_input(self.scan.path / name))
+        return self._files[name]

@@ -1,6 +1,8 @@
 """What phone evidence says of features that are known to be one thing or another, what it leaves in a scan's folder, and how it is read."""
 
 import json
+import subprocess
+import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +11,7 @@ import evidence_twin as twin
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import asset, fill_store
+from conftest import asset, fill_store, plan_of
 from scan_twin import SITE, save_sae
 
 from analysis.arpabet import CLASSES, MANNERS, PHONES, manner
@@ -292,6 +294,15 @@ def test_a_scan_without_phones_says_so(scanned, tmp_path):
         _ = PhoneEvidence.open(Scan.open(other)).scores
 
 
+def test_a_decoder_site_has_no_phones(tmp_path, labels):
+    site = "decoder.blocks.0"
+    store = fill_store(
+        tmp_path / "acts.zarr", plan_of([1.0, 2.0], tokenize=lambda text, language: range(5)), {site: 4}, lambda site, clip, n: np.ones((n, 4))
+    )
+    with pytest.raises(HearsaeError, match="has tokens, not frames"):
+        measure(open_features(f"neurons:{site}", store), store, labels, tmp_path / "out")
+
+
 def test_labels_of_other_clips_are_refused(store, tmp_path):
     labels = labels_of(twin.phone_table([(0, 90.0, 91.0, "T")]), store.clips)
     with pytest.raises(HearsaeError, match=r"no frame of .* lies in a phone"):
@@ -342,6 +353,11 @@ def test_the_figure_shows_each_ranges_shares_frames_and_the_base_rate(evidence):
     texts = [text.get_text() for text in axes.texts]
     assert [text.replace(",", "") for text in texts if text.replace(",", "").isdigit()] == [str(n) for n in mix.frames.sum(axis=1)]
     assert "T 100%" in texts and "base rate" in texts
+
+
+def test_matplotlib_is_loaded_only_where_something_is_drawn():
+    code = "import sys, analysis.phone_figure, cluster.commands.phones; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
 
 
 def test_what_the_command_can_not_do_is_one_line(scanned, store, refused, tmp_path):
