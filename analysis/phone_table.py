@@ -12,7 +12,7 @@ LEVELS = (0.8, 0.9)
 """Of AUC: the summary counts the features above."""
 F1_LEVELS = (0.5, 0.7)
 """Of F1, likewise."""
-LEAST_IN_RANGE = 10
+LEAST_IN_RANGE = 20
 """Frames that a range must hold to be spoken of."""
 LEAST_BEYOND = 0.1
 """By so much a phone's share must exceed its base rate for a range to be said to respond to it."""
