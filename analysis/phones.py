@@ -12,17 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.features import Features
+from analysis.phone_labels import UNLABELLED, frame_track, microseconds
 from cache.errors import SourceError, StoreError
-from cache.header import FRAME_SECONDS
 from cache.store import ActivationStore, Span
 
 BUFFER_BYTES = 512 << 20
 """Of dense feature values in memory. Features that don't fit with all their rows are done in several passes."""
 BLOCK_ROWS = 8192
 """Rows read at once: whole chunks, few enough for a laptop's memory."""
-SILENCE = "SIL"
-UNLABELLED = -1
-_MICROSECONDS = 1_000_000
 
 
 class Segment(NamedTuple):
@@ -97,14 +94,8 @@ def frame_phones(phones: Sequence[Segment], n_frames: int, start_s: float, index
 
     Frame f is the time from start_s + 0.02 f to start_s + 0.02 (f + 1); a phone holds its start and not its end. UNLABELLED where no phone is.
     """
-    labels = np.full(n_frames, UNLABELLED, np.int16)
-    # In whole microseconds: a middle often lies exactly on a phone's boundary, and must fall on the same side whatever the rounding.
-    frame = round(FRAME_SECONDS * _MICROSECONDS)
-    middle = round(start_s * _MICROSECONDS) + frame // 2 + frame * np.arange(n_frames)
-    for start, end, phone in phones:
-        first, stop = np.searchsorted(middle, [round(start * _MICROSECONDS), round(end * _MICROSECONDS)])
-        labels[first:stop] = index[phone]
-    return labels
+    times_us = microseconds(np.array([phone[:2] for phone in phones], np.float64).reshape(-1, 2)) - microseconds(np.array(start_s))
+    return frame_track(times_us[:, 0], times_us[:, 1], np.array([index[phone.label] for phone in phones], np.int16), n_frames)
 
 
 def label_frames(store: ActivationStore, site: str, alignments: Mapping[str, Alignment]) -> FrameLabels:

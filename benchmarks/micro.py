@@ -27,9 +27,10 @@ from whisper.model import Whisper
 from whisper.normalizers import BasicTextNormalizer
 from whisper.timing import find_alignment
 
+from analysis.arpabet import SILENCE
 from analysis.features import open_features
 from analysis.interventions import chop, english_tokenizer, limit_attention, next_tokens, padding_output, transcribe_encoded, word_frames
-from analysis.phones import SILENCE, Alignment, best_phone, label_frames, phone_auc, read_alignments
+from analysis.phones import Alignment, best_phone, label_frames, phone_auc, read_alignments
 from cache.capture import CaptureConfig, capture_in_process, prepare
 from cache.micro import MODEL, SPEECH
 from cache.store import ActivationStore
