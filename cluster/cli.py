@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("Train", "train sparse autoencoders on stored activations"),
     "evaluate": ("Evaluate", "L0, FVU, dead latents, density of trained SAEs on a store"),
     "scan": ("Scan", "find the moments that drive every neuron, SAE latent or basis direction"),
+    "align": ("Align", "find when each word and phone of a store is spoken"),
     "query": ("Query", "a feature's moments, or the strongest features at a moment"),
     "export": ("Export", "write a trained SAE for SAELens, dictionary_learning or sparsify"),
     "import": ("Import", "read an SAE of SAELens, dictionary_learning or sparsify"),
