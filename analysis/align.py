@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from analysis.letter_to_sound import sounds
 from analysis.spoken import Word, words_of
 from cache.audio import SAMPLE_RATE, Source, reopen_source
 from cache.errors import SourceError
@@ -17,10 +18,15 @@ SHORTEST_PHONE_FRAMES = 3
 """A phone's model has three states of at least a frame each."""
 LONGEST_ALIGNED_S = 120.0
 """Of one piece: the search's memory grows with audio times text."""
+BEAMS = {"beam": 1e-120, "pbeam": 1e-120, "wbeam": 1e-120}
+"""As good as none: PocketSphinx's own (1e-48, 1e-48, 7e-29) lose the text of synthetic voices."""
 SUSPECT_SHORTEST = 0.4
 """A share of phones at the shortest length above which the text hardly is what was said."""
 SUSPECT_PHONE_S = 1.0
 """A phone that lasts longer hardly is one."""
+
+GUESSED = "~"
+"""Ends the entries that we add to the decoder's dictionary, so that guesses do not pass for its own words."""
 
 Interval = tuple[float, float, str]
 
@@ -34,6 +40,8 @@ class Alignment(NamedTuple):
 
     words: list[Interval]
     phones: list[Interval]
+    guessed: list[str]
+    """Words that the dictionary lacks."""
 
     @property
     def suspect(self) -> bool:
@@ -51,11 +59,13 @@ class Aligned(NamedTuple):
     phones: list[tuple[int, float, float, str]]
     failures: list[tuple[int, str]]
     suspect: list[int]
+    guessed: list[str]
+    """Words that the dictionary lacks, once for each time they are said."""
 
 
 def align_shard(store: ActivationStore, shard: int) -> Aligned:
     """Aligns the clips of a shard. A clip that can't be aligned is among the failures, with its reason."""
-    found = Aligned([], [], [], [])
+    found = Aligned([], [], [], [], [])
     pieces: dict[tuple[str, int], Alignment | Unalignable] = {}
     try:
         source = reopen_source(store.header.dataset)
@@ -77,6 +87,7 @@ def align_shard(store: ActivationStore, shard: int) -> Aligned:
             into += [(clip, a, b, label) for a, b, label in times if b > a]
         if alignment.suspect:
             found.suspect.append(clip)
+        found.guessed.extend(alignment.guessed)
     return found
 
 
@@ -138,7 +149,7 @@ def align(audio: np.ndarray, text: str) -> Alignment:
     if not words:
         raise Unalignable("its text has no words")
     decoder = _decoder()
-    spoken = [_in_dictionary(decoder, part) for word in words for part in word.spoken]
+    spoken = [_pronounced(decoder, part) for word in words for part in word.spoken]
     if SHORTEST_PHONE_FRAMES * sum(len(decoder.lookup_word(part).split()) for part in spoken) > n_frames:
         raise Unalignable("its text is too long for its audio")
     samples = np.round(np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes()
@@ -154,7 +165,7 @@ def align(audio: np.ndarray, text: str) -> Alignment:
         raise Unalignable("its text does not fit its audio") from error
     if found is None:
         raise Unalignable("its text does not fit its audio")
-    return _read(found, words)
+    return _read(found, words)._replace(guessed=[part.removesuffix(GUESSED) for part in spoken if part.endswith(GUESSED)])
 
 
 def _pass(decoder: Any, samples: bytes) -> None:
@@ -179,18 +190,23 @@ def _read(found: Any, words: list[Word]) -> Alignment:
         phones += [(*_seconds(phone), SILENCE if filler else phone.name) for phone in entry]
     if said != len(owner):
         raise Unalignable("its text does not fit its audio")
-    return Alignment([(*spans[number], word.label) for number, word in enumerate(words)], phones)
+    return Alignment([(*spans[number], word.label) for number, word in enumerate(words)], phones, [])
 
 
 def _seconds(entry: Any) -> tuple[float, float]:
     return round(entry.start * HOP_S, 2), round((entry.start + entry.duration) * HOP_S, 2)
 
 
-def _in_dictionary(decoder: Any, word: str) -> str:
-    for spelling in (word, word.strip("'")):
+def _pronounced(decoder: Any, word: str) -> str:
+    """The dictionary's entry for a word; made by `sounds` where it has none."""
+    for spelling in (word, word.strip("'"), f"{word}{GUESSED}"):
         if spelling and decoder.lookup_word(spelling) is not None:
             return spelling
-    raise Unalignable(f"the word '{word[:40]}' is not in the dictionary")
+    phones = sounds(word, decoder.lookup_word)
+    if not phones:
+        raise Unalignable(f"the word '{word[:40]}' has no sound")
+    decoder.add_word(f"{word}{GUESSED}", phones, True)
+    return f"{word}{GUESSED}"
 
 
 @lru_cache(maxsize=1)
@@ -198,4 +214,4 @@ def _decoder() -> Any:
     """One a process. Batch normalisation of the cepstra: each clip's own mean, so that none depends on the one before."""
     import pocketsphinx
 
-    return pocketsphinx.Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", lm=None, bestpath=False, dither=False, cmn="batch")
+    return pocketsphinx.Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", lm=None, bestpath=False, dither=False, cmn="batch", **BEAMS)

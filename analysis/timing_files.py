@@ -29,7 +29,7 @@ def import_jsonl(store: ActivationStore, path: Path) -> Imported:
                     times[name] = (words, phones)
     except (OSError, UnicodeDecodeError) as error:
         raise HearsaeError(f"{path} can't be read: {error}") from error
-    found, used = Aligned([], [], [], []), set()
+    found, used = Aligned([], [], [], [], []), set()
     for row in store.clips.select(["clip", "source", "start_s", "duration_s"]).to_pylist():
         name = PurePosixPath(row["source"]).as_posix()
         if name not in times:

@@ -47,9 +47,11 @@ class Align(Output, WorkerOptions):
             method = "micro" if self.import_ == "micro" else "jsonl"
             path = micro.SPEECH / "alignments.jsonl" if method == "micro" else Path(self.import_)
             found, strangers = import_jsonl(store, path)
-        timings = write_timings(store, *tables(found), {"method": method, "phone_set": "arpabet", "suspect": sorted(found.suspect)})
+        timings = write_timings(
+            store, *tables(found), {"method": method, "phone_set": "arpabet", "suspect": sorted(found.suspect), "g2p_words": len(found.guessed)}
+        )
         counts = {"clips": store.clips.num_rows, "aligned": store.clips.num_rows - len(found.failures), "failed": len(found.failures)}
-        counts |= {"suspect": len(found.suspect), "words": timings.words.num_rows, "phones": timings.phones.num_rows}
+        counts |= {"suspect": len(found.suspect), "words": timings.words.num_rows, "phones": timings.phones.num_rows, "g2p_words": len(found.guessed)}
         first = timings.unaligned.slice(0, NAMED).to_pylist()
         rest = {"unmatched": len(strangers), "first_unmatched": strangers[:NAMED], "first_failures": first}
         return {"store": str(self.store), "method": method, **counts, **rest, "seconds": time.perf_counter() - begin}
@@ -57,7 +59,7 @@ class Align(Output, WorkerOptions):
     def _aligned(self, store: ActivationStore) -> Aligned:
         shards = range(int(store.clips["shard"].to_numpy().max(initial=-1)) + 1)
         with tqdm(total=len(shards), desc="align", unit="shard", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-            return reduce_shards(partial(align_shard, store), merge, shards, self, bar.update) or Aligned([], [], [], [])
+            return reduce_shards(partial(align_shard, store), merge, shards, self, bar.update) or Aligned([], [], [], [], [])
 
     def summary(self, result: dict[str, Any]) -> str:
         lines = [
