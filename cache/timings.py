@@ -58,7 +58,7 @@ def read_timings(store: ActivationStore) -> Timings:
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         advice = f"run 'hearsae align --store {store.path} --again'"
         raise StoreError(f"the times of words and phones in {store.path} can't be read ({error}): {advice}") from error
-    return Timings(*tables, info)
+    return Timings(tables[0], tables[1], tables[2], info)
 
 
 def write_timings(store: ActivationStore, words: pa.Table, phones: pa.Table, unaligned: pa.Table, info: dict[str, Any]) -> Timings:
@@ -86,7 +86,7 @@ def write_timings(store: ActivationStore, words: pa.Table, phones: pa.Table, una
     counts = {"clips": store.clips.num_rows, "failed": unaligned.num_rows}
     full = {"format": FORMAT, **info, **counts, "software": software(), "files": files}
     put(store.path / RECORD, json.dumps(full).encode())
-    return Timings(*tables.values(), full)
+    return Timings(tables["words.parquet"], tables["phones.parquet"], tables["unaligned.parquet"], full)
 
 
 def _refuse_impossible(name: str, table: pa.Table, clips: int) -> None:
