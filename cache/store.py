@@ -32,6 +32,10 @@ from cache.sites import Site
 OBJECTS_AT_ONCE = 4
 """Whole objects that `verify` holds in memory, of an object store; of a disk one."""
 
+TIMINGS = "alignment.json"
+"""The record of the times of words and phones: a store has them when this is there. Written by `cache.timings`."""
+TIMING_TABLES = ("words.parquet", "phones.parquet", "unaligned.parquet")
+
 
 class Span(NamedTuple):
     """The stored rows of one clip on one axis."""
@@ -515,6 +519,25 @@ class ActivationStore:
                     yield Damage(name, -1, "its CRC32C is not that of the header")
             except OSError as error:
                 yield Damage(name, -1, f"can't be read: {error.strerror}")
+        yield from self._damaged_timings()
+
+    def _damaged_timings(self) -> Iterator[Damage]:
+        """Of what `cache.timings` writes; its record has the checksums."""
+        path = self.path / TIMINGS
+        if not path.exists():
+            return
+        try:
+            files = json.loads(path.read_bytes())["files"]
+            expected = {name: str(files[name]) for name in TIMING_TABLES}
+        except (OSError, ValueError, TypeError, KeyError):
+            yield Damage(TIMINGS, -1, "is damaged")
+            return
+        for name, checksum in expected.items():
+            try:
+                if str(crc32c((self.path / name).read_bytes())) != checksum:
+                    yield Damage(name, -1, f"its CRC32C is not that of {TIMINGS}")
+            except OSError as error:
+                yield Damage(name, -1, f"can't be read: {error.strerror}")
 
     def _damage(self, site: str, shard: int) -> str | None:
         try:
@@ -551,6 +574,8 @@ class ActivationStore:
                     self._add_file(damage.site, self._array_metadata(damage.site.removesuffix("/zarr.json")))
                 elif damage.site not in (FILE, COPY):
                     (self.path / damage.site).unlink(missing_ok=True)
+                    if damage.site in TIMING_TABLES:
+                        (self.path / TIMINGS).unlink(missing_ok=True)  # the others are of no use without it: 'hearsae align' makes all again
             if self.header.files:
                 self._write_header()
             for stale in () if isinstance(self.path, RemotePath) else self.path.rglob(".*.tmp"):  # an object has no half-written state

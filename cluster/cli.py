@@ -20,6 +20,7 @@ COMMANDS = {
     "info": ("Info", "what a store holds"),
     "verify": ("Verify", "read all of a store and name what is damaged"),
     "repair": ("Repair", "drop what is damaged, so that 'hearsae cache' makes it again"),
+    "align": ("Align", "find when each word and phone of a store is spoken"),
     "train": ("Train", "train sparse autoencoders on stored activations"),
     "evaluate": ("Evaluate", "L0, FVU, dead latents, density of trained SAEs on a store"),
     "scan": ("Scan", "find the moments that drive every neuron, SAE latent or basis direction"),
