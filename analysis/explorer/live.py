@@ -186,8 +186,8 @@ class Live:
         scans, left_out, opened = [], [], dict[str, ActivationStore]()
         for i, folder in enumerate(folders):
             scan = Scan.open(folder)
-            if scan.info["axis"] != "frame":
-                left_out.append(f"{scan.info['features']} has tokens, not times: it can't be heard live")
+            if scan.info["site"].startswith("decoder."):
+                left_out.append(f"{scan.info['features']} is of a decoder site, whose rows depend on a text: it can't be heard live")
                 continue
             place = location(store if store is not None else scan.info["store"]).absolute()
             path = str(place)

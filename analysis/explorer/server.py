@@ -1,13 +1,10 @@
 """The server of the live page: the exported page's files, the live page beside them, and `LiveApi`'s answers. Of the standard library alone.
 
-A few routes with small answers need no web framework. What a page in a browser must not be able to do, from wherever it comes, is decided in
-`_Admission`; which files may leave, in `PageFiles`. Python's http.server speaks HTTP/1.0 here: a connection carries one request, so none can
-hide in another one's body.
+A few routes with small answers need no web framework. Who may ask is decided in `admission`; which files may leave, in `PageFiles`.
+Python's http.server speaks HTTP/1.0 here: a connection carries one request, so none can hide in another one's body.
 """
 
-import hmac
 import ipaddress
-import json
 import re
 import secrets
 import socket
@@ -17,14 +14,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from analysis.explorer.admission import Admission, Refusal, Reply, is_address, json_reply
 from analysis.explorer.live_api import LiveApi, Missing
 from cache.errors import HearsaeError
 
@@ -44,13 +40,14 @@ WAITING = 4
 """Questions that wait for the one being computed."""
 WAIT_SECONDS = 60.0
 ADDRESS_CHARACTERS = 2048
+FIELDS = 16
+"""Of a question."""
 BLOCK_BYTES = 1 << 16
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
-    ".json": "application/json",
 }
 """Of the files that are served; others are not."""
 POLICY = (
@@ -67,33 +64,8 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
 }
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
-
-class Reply(NamedTuple):
-    """An answer."""
-
-    status: int
-    body: bytes
-    type: str
-    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
-
-
-class Refusal(Exception):
-    """A request that is not answered as asked."""
-
-    def __init__(self, status: int, reason: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(reason)
-        self.status = status
-        self.headers = headers or {}
-
-
-def json_reply(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
-    """JSON, which no browser takes for anything else."""
-    return Reply(status, json.dumps(value, allow_nan=False).encode(), "application/json", {"Cache-Control": "no-store"} | (headers or {}))
-
-
-# Which files may leave
+LIVE_LINK = b'<a href="live">Live</a>\n</header>'
+"""In the static page's header, where it is served with a live one."""
 
 
 class PageFiles:
@@ -120,94 +92,10 @@ class PageFiles:
             file = self.root.joinpath(*parts).resolve(strict=True)
             if not file.is_relative_to(self.root) or not file.is_file() or file.suffix not in TYPES:
                 raise Refusal(404, "there is nothing here")
-            return Reply(200, file.read_bytes(), TYPES[file.suffix], {"Cache-Control": "no-cache"})
+            data = file.read_bytes().replace(b"</header>", LIVE_LINK, 1) if path == "/" else file.read_bytes()
+            return Reply(200, data, TYPES[file.suffix], {"Cache-Control": "no-cache"})
         except (OSError, ValueError):
             raise Refusal(404, "there is nothing here") from None
-
-
-# Who may ask
-
-
-@dataclass(frozen=True)
-class Admission:
-    """Who may ask: checked before anything of a request is looked at."""
-
-    host: str
-    """As given."""
-    port: int
-    token: str | None
-    """What every request must bring; None on loopback."""
-
-    @property
-    def cookie(self) -> str:
-        """Its name: a browser gives a host's cookies to all of its ports."""
-        return f"hearsae-{self.port}"
-
-    def check_host(self, header: str | None) -> None:
-        """A site whose name was made to lead here (DNS rebinding) still sends its own name. Raises Refusal."""
-        name, colon, port = (header or "").rpartition(":") if not (header or "").endswith("]") else (header, "", "")
-        if not colon:
-            name, port = header or "", "80"
-        if port != str(self.port) or not self._is_ours((name or "").lower()):
-            raise Refusal(403, f"this server does not answer to the name '{(header or '')[:80]}': use the address that it printed")
-
-    def _is_ours(self, name: str) -> bool:
-        bare = name.removeprefix("[").removesuffix("]")
-        if self.token is None:
-            return name in LOOPBACK_NAMES or bare == self.host.lower()
-        if bare == self.host.lower() or name in LOOPBACK_NAMES:
-            return True
-        # Bound to every address of the machine. An address can't be rebound; of names only the machine's own.
-        return (
-            _is_address(self.host) and ipaddress.ip_address(self.host).is_unspecified and (_is_address(bare) or bare == socket.gethostname().lower())
-        )
-
-    def check_site(self, method: str, headers: Any) -> None:
-        """A page of another site may open ours, but neither send to it nor load from it. Raises Refusal."""
-        site, mode = headers.get("Sec-Fetch-Site"), headers.get("Sec-Fetch-Mode")
-        followed_a_link = method == "GET" and mode == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
-        if site not in (None, "same-origin", "none") and not followed_a_link:
-            raise Refusal(403, "this was asked for by another site")
-        origin = headers.get("Origin")
-        if origin is not None and origin.lower() != f"http://{headers.get('Host', '').lower()}":
-            raise Refusal(403, "this was asked for by another site")
-        if method == "POST" and origin is None and site != "same-origin":
-            raise Refusal(403, "a POST must say where it comes from: send Origin, as browsers do")
-
-    def check_token(self, headers: Any) -> None:
-        """The cookie that `enter` gave. Raises Refusal."""
-        if self.token is None:
-            return
-        cookies = SimpleCookie()
-        with suppress(CookieError):
-            cookies.load(headers.get("Cookie", ""))
-        morsel = cookies.get(self.cookie)
-        if not _equal(morsel.value if morsel else "", self.token):
-            raise Refusal(401, "open the address that 'hearsae explore --serve' printed, with its token")
-
-    def enter(self, path: str, question: dict[str, str]) -> Reply | None:
-        """For an address with the right token: back to it without, and a cookie that no script can read and no other site sends along."""
-        if self.token is None or "token" not in question:
-            return None
-        if not _equal(question["token"], self.token):
-            raise Refusal(401, "this token is not the one of this server: it is another one each time that it starts")
-        cookie = f"{self.cookie}={self.token}; HttpOnly; SameSite=Strict; Path=/"
-        return Reply(303, b"", "text/plain", {"Location": "/live" if path == "/live" else "/", "Set-Cookie": cookie, "Cache-Control": "no-store"})
-
-
-def _equal(given: str, secret: str) -> bool:
-    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-# The server
 
 
 class Turns:
@@ -273,7 +161,7 @@ class LiveServer(ThreadingHTTPServer):
     def address(self) -> str:
         """What to open, token and all."""
         host = self.admission.host
-        if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
+        if is_address(host) and ipaddress.ip_address(host).is_unspecified:
             host = socket.gethostname()
         shown = f"[{host}]" if ":" in host else host
         return f"http://{shown}:{self.server_port}/live" + (f"?token={self.admission.token}" if self.admission.token else "")
@@ -351,8 +239,11 @@ class _Handler(BaseHTTPRequestHandler):
         admission.check_site(self.command, self.headers)
         if not address.startswith("/"):
             raise Refusal(400, "this is no path")
-        parts = urlsplit(f"http://ours{address}")
-        path, question = unquote(parts.path, errors="replace"), dict(parse_qsl(parts.query, max_num_fields=16))
+        try:
+            parts = urlsplit(f"http://ours{address}")
+            path, question = unquote(parts.path, errors="replace"), dict(parse_qsl(parts.query, max_num_fields=FIELDS))
+        except ValueError:
+            raise Refusal(400, "this is no question") from None
         entered = admission.enter(path, question) if self.command == "GET" else None
         if entered:
             return entered
@@ -419,6 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._unread -= len(block)
 
     def _send(self, reply: Reply) -> None:
+        if self.request_version == "HTTP/0.9":  # which has no status and no headers
+            self.request_version = "HTTP/1.0"
         with suppress(OSError):
             self.send_response(reply.status)
             for name, value in (HEADERS | {"Content-Type": reply.type, "Content-Length": str(len(reply.body))} | reply.headers).items():

@@ -63,9 +63,10 @@ class Explore(Output):
         def shown(scan: LiveScan) -> set[int] | None:
             return None if self.features is None else set(parse_features(self.features, scan.features.count).tolist())
 
-        with suppress(ValueError):  # outside of the main thread there are no signals
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: the temporary folder goes
         with ExitStack() as stack, suppress(KeyboardInterrupt):
+            with suppress(ValueError):  # outside of the main thread there are no signals
+                before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does: the temporary folder goes
+                stack.callback(signal.signal, signal.SIGTERM, before)
             live = Live.open(self.scans, self.model, self.store)  # before the export: what is missing is said at once
             out = self.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hearsae-page-")))
             server = stack.enter_context(LiveServer(out, LiveApi(live, shown), self.host, self.port))
