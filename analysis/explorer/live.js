@@ -15,7 +15,8 @@
 
   const status = el("p", { class: "quiet live-status", role: "status" });
   const problem = el("p", { class: "problem", role: "alert", hidden: true });
-  const file = el("input", { type: "file", accept: "audio/*,.flac,.wav,.ogg,.mp3", id: "file", class: "live-file", onchange: () => { if (file.files[0]) hearFile(file.files[0]); } });
+  const file = el("input", { type: "file", accept: "audio/*,.flac,.wav,.ogg,.mp3", id: "file", class: "live-file", onclick: () => { file.value = ""; },  // so that the same file can be chosen again
+    onchange: () => { if (file.files[0]) hearFile(file.files[0]); } });
   const record = el("button", { type: "button", class: "live-record", "aria-pressed": "false", onclick: toggleRecording }, "Record");
   const clipSearch = el("input", { type: "search", placeholder: "Words or name of a clip", "aria-label": "Search the clips of the store", oninput: searchSoon, onfocus: searchSoon });
   const clipStore = el("select", { "aria-label": "Store", onchange: searchSoon });
