@@ -151,15 +151,19 @@ class LiveScan:
 
         None where there is no SAE, or where a transcoder's target is not in the store.
         """
-        if not isinstance(self.features, SaeLatents):
+        if not isinstance(self.features, SaeLatents) or self._mean is None:
             return None
         (target,) = self.features.dictionary.config.targets
-        if target not in self.store.sites:
-            return None
         rows, wanted = (torch.from_numpy(sound.rows[self.model_sha256, site].astype(np.float32)) for site in (self.site, target))
-        error = (wanted - self.features.dictionary.reconstruct(rows)[0]).double().square().sum()
-        spread = (wanted.double() - torch.from_numpy(self.store.stats(target).mean)).square().sum()
-        return float(error / spread)
+        with fast_matmul():
+            error = (wanted - self.features.dictionary.reconstruct(rows)[0]).double().square().sum()
+        return float(error / (wanted.double() - self._mean).square().sum())
+
+    @cached_property
+    def _mean(self) -> torch.Tensor | None:
+        """float64 [d], of the rows that the SAE reconstructs; one read of all commit records."""
+        target = self.sites[-1]
+        return torch.from_numpy(self.store.stats(target).mean) if target in self.store.sites else None
 
 
 class Live:

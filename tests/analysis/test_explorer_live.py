@@ -131,6 +131,19 @@ def test_reconstruction_error_is_that_of_the_rows(live: Live) -> None:
     assert one.fvu(sound) > 0 and live.scan("scan0").fvu(sound) is None
 
 
+def test_a_transcoder_is_measured_by_what_it_reconstructs(live: Live, tmp_path: Path) -> None:
+    store = live.scans[0].store
+    mean = store.stats(NEURONS).mean
+    config = SaeConfig("topk", 96, 64, k=4, site=SITE, target=NEURONS, d_out=len(mean), model_sha256=store.header.model["sha256"])
+    transcoder = Dictionary(config)
+    with torch.no_grad():
+        transcoder.b_dec.copy_(torch.from_numpy(mean))  # all that it says is the mean
+    transcoder.save(tmp_path / "transcoder")
+    scan(store, f"sae:{tmp_path / 'transcoder'}", tmp_path / "scan", OPTIONS)
+    both = Live.open([tmp_path / "scan"])
+    assert both.scans[0].fvu(both.hear(micro_audio(1)[0])) == pytest.approx(1, abs=1e-5)
+
+
 def test_latents_find_their_twins_in_another_sae(live: Live) -> None:
     a, b = live.scan("scan1"), live.scan("scan2")
     sound = live.hear(micro_audio(1)[0])

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -383,3 +387,39 @@ def test_names_that_a_server_answers_to() -> None:
     assert answers(everywhere, "192.168.0.7:8750") and answers(everywhere, f"{socket.gethostname()}:8750")
     assert not answers(everywhere, "evil.example:8750") and not answers(everywhere, "192.168.0.7")
     assert answers(named, "studio.example:8750") and not answers(named, "192.168.0.7:8750")
+
+
+# The command
+
+
+def explore(live_world: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cluster.cli", "explore", str(live_world / "neurons"), "--serve", "--features", "0-9", "--audio", "none", *more]
+    place = live_world / "temporary"
+    place.mkdir(exist_ok=True)
+    environment = os.environ | {"TMPDIR": str(place)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2], env=environment)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_interrupted_and_leaves_nothing(live_world: Path, end: signal.Signals) -> None:
+    process = explore(live_world, "--port", "0", "--json")
+    try:
+        assert process.stdout
+        said = json.loads(process.stdout.readline())
+        assert said["features"] == 10 and said["reused"] is False and said["left_out"] == []
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(said["address"], timeout=30) as answer:
+            assert b"live/live.js" in answer.read()
+        assert Path(said["index"]).is_file()
+        process.send_signal(end)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out, err) == (0, "", "")
+        assert list((live_world / "temporary").glob("hearsae-page-*")) == []
+    finally:
+        process.kill()
+
+
+def test_the_command_says_what_is_in_the_way_in_one_line(live_world: Path, server: LiveServer) -> None:
+    out, err = explore(live_world, "--port", str(server.server_port)).communicate(timeout=60)
+    assert out == "" and err.startswith(f"hearsae: can't listen on port {server.server_port}") and err.count("\n") == 1
+    out, err = explore(live_world, "--port", "0", "--model", "no-such-model").communicate(timeout=60)
+    assert out == "" and err.startswith("hearsae: there is no model 'no-such-model'") and err.count("\n") == 1
