@@ -112,7 +112,7 @@
       recording = await hearsae.record(index.longest_s);
       record.setAttribute("aria-pressed", "true");
       record.textContent = "Stop recording";
-      say("Recording …");
+      say(`Recording … (ends by itself after ${index.longest_s} s)`);
       const samples = await recording.done;
       await hear("your recording", () => hearsae.send("upload", {}, hearsae.wav(samples)));
     } catch (error) {

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from analysis.explorer.export import NOUNS
 from analysis.features import Features, SaeLatents, open_features
 from analysis.scan_folder import Scan
-from cache.decode import decode, header_samples
+from cache.decode import RATES, UNKNOWN_LENGTH, decode
 from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import SAMPLE_RATE
 from cache.location import Location, location
@@ -324,15 +324,18 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
 def decode_upload(data: bytes, longest_samples: int) -> tuple[np.ndarray, float]:
     """An audio file -> (float32 [at most longest_samples] at 16 kHz, the whole file's duration in seconds). Through libsndfile, in memory.
 
-    Raises SourceError for what is no audio, has none, or claims more channels and samples a second than anyone records.
+    Raises SourceError for what is no audio, has none, or claims channels and samples a second that nobody records.
     """
     try:
-        info = soundfile.info(io.BytesIO(data))
-    except (soundfile.LibsndfileError, TypeError):
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.samplerate < RATES[0] or file.samplerate * file.channels > MOST_SAMPLES_PER_S:
+                raise SourceError(f"it claims {file.channels} channels at {file.samplerate} Hz, which nobody records")
+            # Counted, not believed: headers of MP3 only estimate, and to count all of an hour takes a minute.
+            n_heard = len(file.read(-(-longest_samples * file.samplerate // SAMPLE_RATE), dtype="float32"))
+            duration_s = max(n_heard, file.frames if file.frames < UNKNOWN_LENGTH else 0) / file.samplerate
+            n_samples = min(longest_samples, n_heard * SAMPLE_RATE // file.samplerate)
+    except (soundfile.LibsndfileError, OSError, TypeError):
         raise SourceError("it is no audio file that libsndfile can read: WAV, FLAC, OGG or MP3") from None
-    if info.samplerate * info.channels > MOST_SAMPLES_PER_S:
-        raise SourceError(f"it claims {info.channels} channels at {info.samplerate} Hz, more than can be heard")
-    n_samples = header_samples(io.BytesIO(data))
     if not n_samples:
         raise SourceError("there is no sound in it")
-    return decode(io.BytesIO(data), 0.0, min(n_samples, longest_samples)), n_samples / SAMPLE_RATE
+    return decode(io.BytesIO(data), 0.0, n_samples), duration_s

@@ -32,8 +32,8 @@ CLIPS = 50
 """Clips of a store listed at once."""
 KEPT_SOUNDS = 4
 """About 1.2 MB a site each."""
-KEPT_VALUES = 4
-"""Pairs of a sound and a scan whose values are kept: 30 s of 3,072 latents are 18 MB."""
+KEPT_BYTES = 512 << 20
+"""Of values of scans over sounds: 30 s of 3,072 latents are 18 MB. The latest stay, whatever their size."""
 DECIMAL_DIGITS = 9
 """Of a number in a question: more than any has."""
 
@@ -53,7 +53,7 @@ class LiveApi:
         self._sounds: OrderedDict[str, Sound] = OrderedDict()
         self._values: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        """Of `_sounds`: `wav` is answered beside a computation."""
+        """Of `_sounds`: `wav` is answered beside a computation. What is computed, and its values, have the turn."""
 
     def index(self) -> dict[str, Any]:
         """The scans and stores, and what can't be heard live."""
@@ -113,7 +113,9 @@ class LiveApi:
         with self._lock:
             self._sounds[name] = sound
             while len(self._sounds) > KEPT_SOUNDS:
-                self._sounds.popitem(last=False)
+                forgotten, _ = self._sounds.popitem(last=False)
+                for key in [key for key in self._values if key[0] == forgotten]:
+                    del self._values[key]
         return {
             "audio": name,
             "duration_s": len(sound.samples) / SAMPLE_RATE,
@@ -204,7 +206,7 @@ class LiveApi:
         sound, key = self._sound(question), (question["audio"], scan.name)
         if key not in self._values:
             self._values[key] = scan.values(sound)
-            while len(self._values) > KEPT_VALUES:
+            while len(self._values) > 1 and sum(values.nbytes for values in self._values.values()) > KEPT_BYTES:
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         return self._values[key]

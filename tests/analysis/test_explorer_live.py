@@ -208,13 +208,16 @@ def test_uploads_are_resampled_and_cut_and_what_is_no_sound_is_refused() -> None
     for format in ("FLAC", "OGG", "MP3"):
         samples, duration_s = decode_upload(audio_file(tone, 44100, format), RATE // 2)
         assert len(samples) == RATE // 2 and duration_s == pytest.approx(1, abs=0.1)
+    cut, duration_s = decode_upload(audio_file(tone, 44100)[: 44 + 8820], RATE)  # a tenth of a second is there
+    assert len(cut) == 1600 and duration_s == pytest.approx(0.1)
     for data in (b"", b"RIFF", b"not audio" * 100, audio_file(tone)[:30]):
         with pytest.raises(SourceError, match="no audio file"):
             decode_upload(data, RATE)
     with pytest.raises(SourceError, match="no sound"):
         decode_upload(audio_file(np.zeros(0)), RATE)
-    with pytest.raises(SourceError, match="200 channels at 96000 Hz"):
-        decode_upload(audio_file(np.zeros((4, 200)), 96000), RATE)
+    for channels, rate in ((200, 96000), (1, 50)):
+        with pytest.raises(SourceError, match=f"{channels} channels at {rate} Hz"):
+            decode_upload(audio_file(np.zeros((4, channels)), rate), RATE)
     with pytest.raises(SourceError, match="NaN or infinite"):
         file = io.BytesIO()
         soundfile.write(file, np.full(100, np.nan), RATE, format="WAV", subtype="FLOAT")

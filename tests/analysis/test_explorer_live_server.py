@@ -240,6 +240,18 @@ def test_what_is_no_sound_is_refused_in_words(client: Client) -> None:
     assert client.hear(np.zeros(RATE))["n_frames"] == 50  # silence is sound
 
 
+@pytest.mark.parametrize("format", ["WAV", "FLAC", "OGG", "MP3"])
+def test_damaged_files_are_heard_as_far_as_they_go_or_refused_in_words(client: Client, format: str) -> None:
+    damage = np.random.default_rng(0)
+    whole = audio_file(damage.normal(size=RATE // 2) * 0.1, RATE, format)
+    for _ in range(20):
+        data = bytearray(whole)
+        for at in damage.integers(0, min(len(data), damage.choice([60, len(data)])), 6):
+            data[at] = damage.integers(256)
+        answer = client.ask("/live/api/upload", bytes(data[: damage.integers(1, len(data) + 1)]))
+        assert answer.status in (200, 422) and answer.json.get("error", "heard")
+
+
 def test_questions_that_make_no_sense_are_refused_in_words(client: Client) -> None:
     audio = client.hear(np.zeros(RATE))["audio"]
     questions = (
