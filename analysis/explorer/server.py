@@ -32,6 +32,8 @@ UPLOAD_SECONDS = 60.0
 """For the whole body."""
 IDLE_SECONDS = 15.0
 """For the next bytes of a request, or room for those of an answer."""
+HEADER_SECONDS = 20.0
+"""For a request's header, all of it."""
 DRAIN_SECONDS = 2.0
 """How long a body that is refused is read and forgotten: a client that is still sending would not see the answer."""
 CONNECTIONS = 64
@@ -136,6 +138,8 @@ class LiveServer(ThreadingHTTPServer):
         self.address_family = family
         self.files, self.api, self.turns = PageFiles(page), api, Turns()
         self._slots = threading.BoundedSemaphore(CONNECTIONS)
+        self.arriving: dict[socket.socket, float] = {}
+        """Connections whose request's header is not all there, and since when."""
         try:
             super().__init__((address, PORT if port is None else port), _Handler)
         except (OSError, OverflowError) as error:
@@ -184,6 +188,13 @@ class LiveServer(ThreadingHTTPServer):
         finally:
             self._slots.release()
 
+    def service_actions(self) -> None:
+        """Every now and then: ends connections whose header dawdles. A socket's own timeout starts anew with every byte."""
+        for connection, since in list(self.arriving.items()):
+            if time.monotonic() - since > HEADER_SECONDS:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is nothing to tell of."""
         if not isinstance(sys.exception(), OSError):
@@ -206,6 +217,16 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = IDLE_SECONDS
 
+    def setup(self) -> None:
+        """Before anything is read."""
+        self.server.arriving[self.request] = time.monotonic()
+        super().setup()
+
+    def finish(self) -> None:
+        """When all is answered."""
+        self.server.arriving.pop(self.request, None)
+        super().finish()
+
     def do_GET(self) -> None:
         self._answer()
 
@@ -213,6 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        self.server.arriving.pop(self.request, None)
         self._unread = 0
         try:
             reply = self._reply()

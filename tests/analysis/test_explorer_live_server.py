@@ -233,6 +233,18 @@ def test_a_body_that_dawdles_is_given_up(client: Client, monkeypatch: pytest.Mon
         assert b" 408 " in connection.makefile("rb").readline()
 
 
+def test_a_header_that_dawdles_is_given_up(client: Client, server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "HEADER_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", client.port), timeout=30) as connection:
+        connection.sendall(b"GET /live HTTP/1.1\r\n")
+        with suppress(OSError):  # at some point nobody listens
+            for _ in range(50):
+                connection.sendall(b"X: 1\r\n")
+                threading.Event().wait(0.05)
+            pytest.fail("the server went on listening")
+    assert client.ask("/live").status == 200 and not server.arriving
+
+
 def test_what_is_no_sound_is_refused_in_words(client: Client) -> None:
     for data in (b"", b"no sound at all", audio_file(np.zeros(0)), audio_file(np.zeros((4, 200)), 96000)):
         answer = client.ask("/live/api/upload", data)
