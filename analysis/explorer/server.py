@@ -63,7 +63,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     # The page's data are scripts: without this, any site could load them.
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
 }
 LIVE_LINK = b'<a href="live">Live</a>\n</header>'

@@ -249,6 +249,22 @@ def test_controls_have_names(chromium: Chromium) -> None:
     assert len(names) > 2 * STRIPS and all(name and name.strip() for name in names)
 
 
+def test_a_token_opens_the_page_and_leaves_the_address(chromium: Chromium, server: LiveServer) -> None:
+    with running(server.files.root, server.api, "0.0.0.0") as other:
+        token = other.address.partition("?token=")[2]
+        chromium.call("POST", "/url", {"url": f"http://127.0.0.1:{other.server_port}/live?token={token}"})
+        chromium.wait("document.documentElement.dataset.shown === 'live'")
+        assert chromium.run("return [location.href, document.cookie]") == [f"http://127.0.0.1:{other.server_port}/live", ""]
+        upload(chromium, CLIP)
+        chromium.wait(HEARD)
+        asked = chromium.requests()
+        assert all(
+            address.startswith((f"http://127.0.0.1:{other.server_port}/", "data:", "about:", server.address.removesuffix("live")))
+            for address in asked
+        )
+        assert chromium.complaints() == []
+
+
 def test_the_static_page_is_there_and_leads_here(chromium: Chromium, server: LiveServer) -> None:
     chromium.call("POST", "/url", {"url": server.address.removesuffix("live") + "#scan0/feature/3"})
     chromium.wait("document.querySelector('h1')?.textContent === 'Neuron 3'")
