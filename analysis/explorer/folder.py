@@ -64,6 +64,8 @@ def copy_assets(staging: Path) -> None:
     """The page itself, which is the same whatever it shows."""
     (staging / "assets").mkdir()
     for asset in resources.files("analysis.explorer").iterdir():
+        if asset.name.startswith("live"):  # for the server, which takes them from here
+            continue
         if asset.name.endswith((".js", ".css")):
             (staging / "assets" / asset.name).write_bytes(asset.read_bytes())
         elif asset.name.endswith(".html"):

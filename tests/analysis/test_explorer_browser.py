@@ -30,12 +30,12 @@ READY_S = 20
 class Chromium:
     """Chromium through its WebDriver: https://www.w3.org/TR/webdriver2/, plain JSON over HTTP."""
 
-    def __init__(self, chromium: str, driver: str, profile: Path) -> None:
+    def __init__(self, chromium: str, driver: str, profile: Path, flags: str = FLAGS) -> None:
         self.process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert self.process.stdout
         port = next(found[1] for line in self.process.stdout if (found := re.search(r"started successfully on port (\d+)", line)))
         self.address = f"http://127.0.0.1:{port}"
-        options = {"binary": chromium, "args": [*FLAGS.split(), f"--user-data-dir={profile}"]}
+        options = {"binary": chromium, "args": [*flags.split(), f"--user-data-dir={profile}"]}
         wanted = {
             "goog:chromeOptions": options,
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},

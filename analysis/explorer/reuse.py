@@ -1,0 +1,53 @@
+"""Whether a page that was exported for serving can be served again as it is."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from analysis.scan_folder import EXAMPLES, FEATURES, SCAN, Scan
+from cache.header import software
+from cache.location import Location
+
+SERVED = "served.json"
+"""Beside the page: what it was made from, in full."""
+
+
+def made_from(scans: Sequence[Location], options: dict[str, Any]) -> dict[str, Any]:
+    """All that a page depends on: the scans, by path and content, the options of the export, the code.
+
+    Raises HearsaeError where a scan is missing.
+    """
+    looks = hashlib.sha256()
+    for asset in sorted(resources.files("analysis.explorer").iterdir(), key=lambda one: one.name):
+        if asset.is_file():
+            looks.update(asset.name.encode() + asset.read_bytes())
+    return {
+        "scans": [[str(scan.absolute()), *(_digest(Scan.open(scan).path / name) for name in (SCAN, FEATURES, EXAMPLES))] for scan in scans],
+        "options": options,
+        "software": software(),
+        "code": looks.hexdigest(),
+    }
+
+
+def is_current(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the page in `out` is what `remember` saw there, made from what is wanted."""
+    try:
+        kept = json.loads((out / SERVED).read_bytes())
+        return kept == {"index_ns": (out / "index.html").stat().st_mtime_ns, "made_from": json.loads(json.dumps(wanted))}
+    except (OSError, ValueError):
+        return False
+
+
+def remember(out: Path, wanted: dict[str, Any]) -> None:
+    """Notes what the page in `out` was made from."""
+    (out / SERVED).write_text(json.dumps({"index_ns": (out / "index.html").stat().st_mtime_ns, "made_from": wanted}, indent=1), encoding="utf-8")
+
+
+def _digest(file: Location) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
