@@ -23,15 +23,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.features import Features
 from analysis.grid import BINS, FRACTION_BITS, MAGNITUDES, bin_edges
-from analysis.kernels import draw
 from cache.errors import HearsaeError
 from cache.header import software
 from cache.location import Location, arrow_input, location, put
 from cache.store import ActivationStore
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # readers of a scan load neither torch nor numba
+    from analysis.features import Features
     from analysis.scan import ShardScan
 
 FORMAT = 1
@@ -135,7 +134,7 @@ def refuse_other_folder(out: Location) -> None:
         raise HearsaeError(f"{out} holds other things and is no scan: choose an empty or new folder")
 
 
-def write_scan(merged: "ShardScan", store: ActivationStore, features: Features, out: Location) -> None:
+def write_scan(merged: "ShardScan", store: ActivationStore, features: "Features", out: Location) -> None:
     """Writes the three files, each atomically, `scan.json` last. Raises StoreError if the place is full or read-only."""
     table = feature_table(merged)
     examples = example_table(merged, table, store, store.sites[features.site]["axis"])
@@ -277,6 +276,8 @@ def _top_examples(top: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _drawn_examples(merged: "ShardScan", features: pa.Table) -> list[dict[str, np.ndarray]]:
+    from analysis.kernels import draw
+
     found, options = merged.candidates, merged.options
     start = np.searchsorted(found["cell"], np.arange(len(merged.low) + 1) * MAGNITUDES)
     range_edges, quantile_edges = features["range_edges"].to_pylist(), features["quantile_edges"].to_pylist()
