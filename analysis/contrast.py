@@ -112,10 +112,9 @@ def _refuse_other_store(scan: Scan, store: ActivationStore) -> None:
     site = scan.info["site"]
     if scan.info["model"]["sha256"] != store.header.model["sha256"] or scan.info["rows"] > store.clips["n_frames"].to_numpy().sum():
         raise HearsaeError(f"{store.path} is not the store of the scan {scan.path}: what lies outside follows from the scan of the same store")
-    if len(store.committed(site)) != scan.info["shards"]:
-        raise HearsaeError(
-            f"{store.path} has {len(store.committed(site))} shards of {site}, the scan {scan.path} saw {scan.info['shards']}: run 'hearsae scan' again"
-        )
+    shards = len(store.committed(site))
+    if shards != scan.info["shards"]:
+        raise HearsaeError(f"{store.path} has {shards} shards of {site}, the scan {scan.path} saw {scan.info['shards']}: run 'hearsae scan' again")
 
 
 def _control_clips(scan: Scan, clips: Any) -> set[int]:

@@ -111,9 +111,8 @@ def find_text(timings: "Timings", pattern: str) -> Said:
     try:
         marked = pc.replace_substring_regex(said, f"(?i){pattern}", rf"{OPEN}\0{CLOSE}")
     except pa.ArrowInvalid as error:
-        raise HearsaeError(
-            f"'{pattern}' is no regular expression that RE2 reads: {str(error).removeprefix('Invalid regular expression: ')}"
-        ) from None
+        reason = str(error).removeprefix("Invalid regular expression: ")
+        raise HearsaeError(f"'{pattern}' is no regular expression that RE2 reads: {reason}") from None
     hits, text = [], []
     changed = pc.indices_nonzero(pc.not_equal(said, marked)).to_numpy()
     for first, stop, found in zip(first_word[changed], np.append(first_word, len(clip))[changed + 1], marked.take(changed).to_pylist(), strict=True):

@@ -110,7 +110,7 @@ class Query(Output):
         if len(self.scan) > 1:
             raise HearsaeError("give one --scan: only --sql takes several")
         scan = Scan.open(self.scan[0]) if self.scan else None
-        place = self.store or (scan and scan.info["store"])
+        place: Location | str | None = self.store or (scan.info["store"] if scan else None)
         if place is None:
             raise HearsaeError("give --scan, or --store" if question in ("like", "rows") else "give the --scan to ask about")
         store = ActivationStore.open(place)
