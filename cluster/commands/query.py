@@ -238,7 +238,7 @@ class Query(Output):
     def _head(self, result: dict[str, Any]) -> str:
         if "chance_auc" in result:
             return (
-                f"{result['occurrences']} times in {result['clips']} clips, {result['frames']} frames; "
+                f"{result['frames']} frames of {result['occurrences']} stretches in {result['clips']} clips; "
                 f"the best feature by chance has AUC {result['chance_auc']:.3f}"
             )
         if "shape" in result:
