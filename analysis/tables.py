@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OF_STORE = ("clips", "words", "phones")
 """Tables, each NAME.parquet in the store. words and phones are there once it has been aligned."""
-OF_SCAN = ("features", "examples", "coactivation", "phone_scores", "phone_auc", "phone_counts")
+OF_SCAN = ("features", "examples", "coactivation", "phone_scores", "phone_auc", "phone_counts", "phone_ranges")
 """Tables, each NAME.parquet in a scan's folder; those of phones are there where its store had timings."""
 WHERE_FROM = {
     "words": "run 'hearsae align' on the store",
@@ -30,6 +30,7 @@ WHERE_FROM = {
     "phone_scores": "run 'hearsae align' on the store, then 'hearsae scan' again",
     "phone_auc": "run 'hearsae align' on the store, then 'hearsae scan' again",
     "phone_counts": "run 'hearsae align' on the store, then 'hearsae scan' again",
+    "phone_ranges": "run 'hearsae align' on the store, then 'hearsae scan' again",
     "coactivation": "run 'hearsae scan' again",
     "features": "name a scan with --scan",
     "examples": "name a scan with --scan",
@@ -57,7 +58,7 @@ class Answer(NamedTuple):
 
 def run_sql(statement: str, store: ActivationStore | None = None, scans: Sequence[Scan] = ()) -> Answer:
     """Runs one SELECT over `clips`, `words`, `phones` of a store and `features`, `examples`, `coactivation`, `phone_scores`, `phone_auc`,
-    `phone_counts` of scans.
+    `phone_counts`, `phone_ranges` of scans.
 
     Rows of scans have a first column `scan`, the name of its folder (its path, where names are the same). Two columns of one name in the
     answer become NAME and NAME_1.

@@ -125,6 +125,14 @@ def test_what_is_no_regular_expression_is_refused(pattern):
         find_text(timings("a b"), pattern)
 
 
+def test_where_nothing_is_said_nothing_is_found():
+    nothing = timings("a")
+    nothing.words = nothing.words.slice(0, 0)
+    for find in (find_text, find_word):
+        with pytest.raises(HearsaeError, match="nothing that is said|nobody says"):
+            find(nothing, "a")
+
+
 def test_an_expression_that_stalls_others_takes_no_time():
     start = time.perf_counter()
     with pytest.raises(HearsaeError, match="matches nothing that is said"):
