@@ -129,7 +129,7 @@ def test_where_nothing_is_said_nothing_is_found():
     nothing = timings("a")
     nothing.words = nothing.words.slice(0, 0)
     for find in (find_text, find_word):
-        with pytest.raises(HearsaeError, match="nothing that is said|nobody says"):
+        with pytest.raises(HearsaeError, match=r"nothing that is said|nobody says"):
             find(nothing, "a")
 
 

@@ -1,5 +1,6 @@
 """SQL over a store and scans: it reads what is there, and nothing else on the machine."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,14 @@ from conftest import fill_store, plan_of
 from scan_twin import SITE
 from timings_standin import say
 
+from analysis.moments import stretch_at
+from analysis.neighbours import nearest_rows
+from analysis.query import activation_rows, feature_moments
 from analysis.scan import Scan, scan
 from analysis.tables import run_sql
+from analysis.written_rows import save_rows
 from cache.errors import HearsaeError
+from cache.location import location, put
 from cache.store import ActivationStore
 
 
@@ -121,3 +127,18 @@ def test_scans_in_folders_of_the_same_name_have_their_paths(root, store, scans, 
     other = scan(store, f"neurons:{SITE}", tmp_path / "random")
     names = {row["scan"] for row in run_sql("SELECT DISTINCT scan FROM features", store, [scans[1], other]).rows}
     assert names == {str(scans[1].path), str(other.path)}
+
+
+def test_tables_and_activations_in_an_object_store_are_asked_as_those_on_a_disk(s3, store, scans, tmp_path):
+    place = location(f"s3://{s3.bucket}/there")
+    for folder in (store.path, scans[1].path):
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            put(place / folder.name / file.relative_to(folder).as_posix(), file.read_bytes())
+    there, scanned = ActivationStore.open(place / store.path.name), Scan.open(place / "random")
+    for statement in ("SELECT source FROM clips ORDER BY clip", "SELECT * FROM Examples JOIN words USING (clip) ORDER BY ALL"):
+        assert run_sql(statement, there, [scanned]) == run_sql(statement, store, [scans[1]])
+    where = stretch_at(there, SITE, "s0.wav", 0.1)
+    assert nearest_rows(there, SITE, where, 5) == nearest_rows(store, SITE, where, 5)
+    assert feature_moments(scanned, 1, "top", there) == feature_moments(scans[1], 1, "top", store)
+    save_rows(place / "rows.npy", activation_rows(there, "s0.wav", 0.1, 0.2, SITE))
+    assert np.array_equal(np.load(io.BytesIO((place / "rows.npy").read_bytes())), store.read_clip(SITE, 0)[5:10])

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cache.location import arrow_input
 from cache.store import ActivationStore
 
 
@@ -19,7 +20,7 @@ class Timings(NamedTuple):
 
 
 def read_timings(store: ActivationStore) -> Timings:
-    words, phones, unaligned = (pq.read_table(store.path / f"{name}.parquet") for name in ("words", "phones", "unaligned"))
+    words, phones, unaligned = (pq.read_table(arrow_input(store.path / f"{name}.parquet")) for name in ("words", "phones", "unaligned"))
     return Timings(words, phones, unaligned, json.loads((store.path / "alignment.json").read_bytes()))
 
 
