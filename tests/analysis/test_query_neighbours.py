@@ -111,3 +111,15 @@ def test_a_frame_without_direction_is_like_nothing(tmp_path):
     made = fill_store(tmp_path / "a.zarr", plan_of([1.0], chunk_rows=64), {SITE: 2}, lambda site, clip, n: np.ones((n, 2)))
     with pytest.raises(HearsaeError, match="frame 3 of clip 0 has no direction"):
         nearest_rows(made, SITE, stretch_at(made, SITE, 0, frame=3))
+
+
+def test_torch_converts_every_half_as_numpy_does(store, monkeypatch):
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    numpys, torchs = np.empty(halves.shape, np.float32), np.empty(halves.shape, np.float32)
+    np.copyto(numpys, halves)
+    neighbours._copy_by_torch(torchs, halves)
+    assert np.array_equal(numpys, torchs, equal_nan=True)
+    where = stretch_at(store, SITE, 1, frame=20)
+    plain = nearest_rows(store, SITE, where, 5)
+    monkeypatch.setattr(neighbours, "TORCH_VALUES", 0)
+    assert nearest_rows(store, SITE, where, 5) == plain
