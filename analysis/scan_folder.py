@@ -14,16 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.coactivation import coactivation_table
-from analysis.features import Features
 from analysis.grid import BINS, FRACTION_BITS, MAGNITUDES, bin_edges
-from analysis.kernels import LONGEST_RUN, draw_examples
 from cache.errors import HearsaeError
 from cache.header import software
 from cache.location import Location, arrow_input, location, put
 from cache.store import ActivationStore
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # readers of a scan load neither torch nor numba
+    from analysis.features import Features
     from analysis.scan import Runs, ShardScan
 
 FORMAT = 2
@@ -138,8 +136,10 @@ def refuse_other_folder(out: Location) -> None:
         raise HearsaeError(f"{out} holds other things and is no scan: choose an empty or new folder")
 
 
-def write_scan(merged: "ShardScan", store: ActivationStore, features: Features, out: Location) -> None:
+def write_scan(merged: "ShardScan", store: ActivationStore, features: "Features", out: Location) -> None:
     """Writes the four files, each atomically, `scan.json` last. Raises StoreError if the place is full or read-only."""
+    from analysis.coactivation import coactivation_table
+
     table = feature_table(merged)
     examples = example_table(merged, table, store, store.sites[features.site]["axis"])
     pairs = coactivation_table(merged.pairs, merged.rows, merged.options.partners(features.count))
@@ -232,6 +232,8 @@ def _lists(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
 
 def _run_columns(runs: "Runs") -> dict[str, pa.Array]:
     """Number of runs, mean and median of their frames, mean frames from start to peak and from there to the end; null without runs."""
+    from analysis.kernels import LONGEST_RUN
+
     feature, length = np.divmod(runs.length.keys, LONGEST_RUN)
     before = np.concatenate([[0], np.cumsum(runs.length.counts)])  # runs of the features and lengths before
     first = before[np.searchsorted(feature, np.arange(len(runs.rise) + 1))]
@@ -315,6 +317,8 @@ def _strongest(kind: str, moments: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _drawn_examples(merged: "ShardScan", features: pa.Table) -> dict[str, np.ndarray]:
+    from analysis.kernels import draw_examples
+
     options, candidates = merged.options, merged.candidates
     start = np.searchsorted(candidates["cell"], np.arange(len(merged.top) + 1) * MAGNITUDES)
     active = np.flatnonzero(np.diff(start))

@@ -10,7 +10,7 @@ from conftest import fill_store, plan_of
 from scan_twin import SITE, save_sae
 
 from analysis.features import Features, open_features
-from analysis.query import feature_moments, top_features
+from analysis.query import StoredNeurons, feature_moments, features_of, span_features, top_features
 from analysis.scan import Scan, ScanOptions, scan
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
@@ -185,3 +185,41 @@ def test_a_token_is_known_by_its_index(tmp_path: Path):
         top_features(made, neurons, 1, 0.1)
     with pytest.raises(HearsaeError, match="clip 1 has no token 5"):
         top_features(made, neurons, 1, frame=5)
+
+
+# Unusual features, and spans
+
+
+def test_by_z_come_the_most_unusual_features_first(store, neurons, scanned):
+    rows = top_features(store, neurons, 0, 0.5, n=WIDTH, scan=scanned, by="z")
+    every = {row["feature"]: row["z"] for row in top_features(store, neurons, 0, 0.5, n=WIDTH, scan=scanned)}
+    assert [row["z"] for row in rows] == sorted((row["z"] for row in rows), reverse=True) and min(row["z"] for row in rows) > 0
+    assert {row["feature"] for row in rows} >= {feature for feature, z in every.items() if z is not None and z > 0}
+    assert 5 not in {row["feature"] for row in rows}  # never varies
+    with pytest.raises(HearsaeError, match="that needs a scan"):
+        top_features(store, neurons, 0, 0.5, by="z")
+
+
+@pytest.mark.parametrize("over", ["mean", "max"])
+def test_the_features_of_a_span_are_those_of_its_frames(store, neurons, scanned, over):
+    rows = span_features(store, neurons, "s0.wav", 1.105, 1.2, n=WIDTH, scan=scanned, over=over)
+    frames = store.read_clip(SITE, 1)[5:10].astype(np.float64)  # 1.105 s lies within frame 5
+    expected = getattr(frames, over)(axis=0)
+    assert [row["feature"] for row in rows] == np.argsort(-expected)[: len(rows)].tolist()
+    assert [row["value"] for row in rows] == pytest.approx(np.sort(expected)[::-1][: len(rows)].tolist())
+    assert {(row["clip"], row["frame"], row["frames"]) for row in rows} == {(1, 5, 5)}
+    assert (rows[0]["start_s"], rows[0]["end_s"]) == pytest.approx((1.1, 1.2))
+    mean, std = (scanned.features[name].to_numpy() for name in ("mean", "std"))
+    assert rows[0]["z"] == pytest.approx((rows[0]["value"] - mean[rows[0]["feature"]]) / std[rows[0]["feature"]])
+
+
+def test_a_span_within_one_frame_is_that_frame(store, neurons):
+    (row,) = span_features(store, neurons, 1, 1.331, 1.332, n=1)
+    assert row == top_features(store, neurons, 1, 1.33, n=1)[0]
+
+
+def test_neurons_are_asked_without_torch(store, neurons, scanned):
+    light = features_of(scanned, store)
+    rows = store.read_clip(SITE, 0)
+    assert isinstance(light, StoredNeurons) and (light.spec, light.site, light.count) == (neurons.spec, neurons.site, neurons.count)
+    assert np.array_equal(light.dense(rows), neurons.dense(rows)) and light.dense(rows).dtype == np.float32
