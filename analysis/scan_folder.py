@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # readers of a scan load neither torch nor numba
 
 FORMAT = 2
 SCAN, FEATURES, EXAMPLES, COACTIVATION = "scan.json", "features.parquet", "examples.parquet", "coactivation.parquet"
+PHONE_FILES = ("phone_counts.parquet", "phone_ranges.parquet", "phone_auc.parquet", "phone_scores.parquet")
+"""Of `analysis.evidence`, where the store had timings; in the order in which they are written."""
 INFO = {"store": str, "features": str, "site": str, "axis": str, "count": int, "rows": int, "options": dict, "model": dict}
 """What readers take from scan.json."""
 KINDS = ("bottom", "quantile", "range", "top")
@@ -132,8 +134,17 @@ def refuse_other_folder(out: Location) -> None:
         names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.exists() else set()
     except OSError as error:
         raise HearsaeError(f"can't use {out} as the scan's folder: {error.strerror}") from error
-    if SCAN not in names and names - {FEATURES, EXAMPLES, COACTIVATION}:
+    if SCAN not in names and names - {FEATURES, EXAMPLES, COACTIVATION, *PHONE_FILES}:
         raise HearsaeError(f"{out} holds other things and is no scan: choose an empty or new folder")
+
+
+def forget_scan(out: Location) -> None:
+    """Makes a folder no scan any more, until another one has been written."""
+    try:
+        for name in (SCAN, *reversed(PHONE_FILES)):
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise HearsaeError(f"can't write {out}: {error.strerror}") from error
 
 
 def write_scan(merged: "ShardScan", store: ActivationStore, features: "Features", out: Location) -> None:
@@ -157,10 +168,6 @@ def write_scan(merged: "ShardScan", store: ActivationStore, features: "Features"
         "model": store.header.model,
         "software": software(),
     }
-    try:
-        (out / SCAN).unlink(missing_ok=True)  # until all four are there, this is no scan
-    except OSError as error:
-        raise HearsaeError(f"can't write {out}: {error.strerror}") from error
     put(out / FEATURES, _parquet(table))
     put(out / EXAMPLES, _parquet(examples, FEATURES_PER_GROUP))
     put(out / COACTIVATION, _parquet(pairs))

@@ -15,7 +15,7 @@ from conftest import asset, fill_store, plan_of
 from scan_twin import SITE, save_sae
 
 from analysis.arpabet import CLASSES, MANNERS, PHONES, manner
-from analysis.evidence import FILES, PhoneEvidence, measure, remove
+from analysis.evidence import PhoneEvidence, measure, remove
 from analysis.features import Neurons, open_features
 from analysis.phone_counts import count_shard, merge_counts
 from analysis.phone_details import detail_shard, merge_details
@@ -26,6 +26,7 @@ from analysis.phone_scores import auc_table, jackknife, leave_one_out, polyseman
 from analysis.phone_table import stretches
 from analysis.phones import label_frames, phone_auc, read_alignments
 from analysis.scan import Scan, ScanOptions, scan
+from analysis.scan_folder import PHONE_FILES
 from cache.errors import HearsaeError
 from cache.plan import SourceItem, make_plan
 from cache.store import ActivationStore
@@ -238,7 +239,7 @@ def test_any_split_over_workers_gives_the_same_bytes(tmp_path, kind):
     measure(features, store, labels, tmp_path / "here")
     for i in range(3):
         measure(features, store, labels, tmp_path / f"there{i}", reduce_shards=shuffled)
-        for name in FILES:
+        for name in PHONE_FILES:
             assert (tmp_path / f"there{i}" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
 
 
@@ -248,7 +249,7 @@ def test_counts_that_a_scan_made_serve_as_the_first_pass(store, labels, scanned,
     for shard in store.committed(SITE)[1:]:
         counts = merge_counts(counts, count_shard(features, store, labels, shard))
     measure(features, store, labels, tmp_path / "out", counts=counts)
-    assert all((tmp_path / "out" / name).read_bytes() == (scanned.path / name).read_bytes() for name in FILES)
+    assert all((tmp_path / "out" / name).read_bytes() == (scanned.path / name).read_bytes() for name in PHONE_FILES)
     with pytest.raises(HearsaeError, match="changed while it was scanned"):
         measure(features, store, labels, tmp_path / "out", counts=count_shard(features, store, labels, 0))
 
