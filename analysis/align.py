@@ -93,7 +93,7 @@ def align_shard(store: ActivationStore, shard: int) -> Aligned:
 
 def merge(a: Aligned, b: Aligned) -> Aligned:
     """Both: associative, and commutative once sorted, as tables are."""
-    return Aligned(*(x + y for x, y in zip(a, b, strict=True)))
+    return Aligned(a.words + b.words, a.phones + b.phones, a.failures + b.failures, a.suspect + b.suspect, a.guessed + b.guessed)
 
 
 def tables(found: Aligned) -> tuple[pa.Table, pa.Table, pa.Table]:
