@@ -29,7 +29,7 @@ def import_jsonl(store: ActivationStore, path: Path) -> Imported:
                     times[name] = (words, phones)
     except (OSError, UnicodeDecodeError) as error:
         raise HearsaeError(f"{path} can't be read: {error}") from error
-    found, used = Aligned([], [], [], [], []), set()
+    found, used = Aligned.nothing(), set()
     for row in store.clips.select(["clip", "source", "start_s", "duration_s"]).to_pylist():
         name = PurePosixPath(row["source"]).as_posix()
         if name not in times:
@@ -37,9 +37,7 @@ def import_jsonl(store: ActivationStore, path: Path) -> Imported:
             continue
         used.add(name)
         start, end = row["start_s"], row["start_s"] + row["duration_s"]
-        for into, intervals in ((found.words, times[name][0]), (found.phones, times[name][1])):
-            cut = ((max(start, a), min(end, b), label) for a, b, label in intervals)
-            into += [(row["clip"], a, b, label) for a, b, label in cut if b > a]
+        found.give(row["clip"], start, end, *times[name])
     return Imported(found, sorted(times.keys() - used))
 
 

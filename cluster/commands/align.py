@@ -59,7 +59,7 @@ class Align(Output, WorkerOptions):
     def _aligned(self, store: ActivationStore) -> Aligned:
         shards = range(int(store.clips["shard"].to_numpy().max(initial=-1)) + 1)
         with tqdm(total=len(shards), desc="align", unit="shard", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-            return reduce_shards(partial(align_shard, store), merge, shards, self, bar.update) or Aligned([], [], [], [], [])
+            return reduce_shards(partial(align_shard, store), merge, shards, self, bar.update) or Aligned.nothing()
 
     def summary(self, result: dict[str, Any]) -> str:
         lines = [
