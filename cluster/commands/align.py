@@ -34,8 +34,8 @@ class Align(Output, WorkerOptions):
     again: bool = False
     """Replace the times that the store has."""
     import_: Annotated[tuple[str, ...], tyro.conf.arg(name="import", metavar="FILE")] = ()
-    """Take the times from files instead, matched by the sources' names: TextGrids (tiers words and phones) or folders of them, .ctm files (phones where
-    the name has 'phone' in it, or as phones:FILE; else words), .jsonl files (file_name, words, phones). 'micro': those of the embedded speech."""
+    """Take the times from files instead, matched by the sources' names: TextGrids (tiers words and phones) or folders of them, .ctm files (phones
+    where the name has 'phone' in it, or as phones:FILE; else words), .jsonl files (file_name, words, phones). micro: those of the embedded speech."""
     export: Location | None = None
     """Write the times to files in this new folder. A store that has times keeps them."""
     format: Format = "textgrid"
