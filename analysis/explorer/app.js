@@ -24,8 +24,9 @@
     const mine = ++turn, asked = location.hash, { scan, feature, view } = route();
     hearsae.stop();
     document.querySelectorAll("#scans a").forEach((link) => {
-      if (link.hash === `#${scan.name}`) link.setAttribute("aria-current", "page");
-      else link.removeAttribute("aria-current");
+      if (link.hash !== `#${scan.name}`) return link.removeAttribute("aria-current");
+      link.setAttribute("aria-current", "page");
+      link.parentElement.scrollLeft = link.offsetLeft - link.parentElement.offsetLeft;  // where they don't fit side by side
     });
     // What is slow to arrive must not replace what was asked for after it.
     const place = { replaceChildren: (...children) => { if (mine === turn) page.replaceChildren(...children); }, querySelectorAll: (which) => page.querySelectorAll(which) };

@@ -44,11 +44,11 @@
 
   /**
    * Stacked bars, one above the other. bars: [{name, note, pale, parts: [{name, share, colour, dark, title}]}], null for a gap between them.
-   * label: the chart in words.
+   * label: the chart in words. isNarrow: for a telephone's screen.
    */
-  hearsae.stackedBars = (bars, label) => {
-    const NAMED_FROM = 0.035, PALE = 0.45;
-    const width = 640, left = 104, right = 62, bar = 21, row = 24, gap = 10;
+  hearsae.stackedBars = (bars, label, isNarrow) => {
+    const NAMED_FROM = 0.035, PALE = 0.45, LETTER = 7.6;  // of a bar; opacity; widest width of a letter at 11 px
+    const width = isNarrow ? 370 : 640, left = isNarrow ? 92 : 104, right = isNarrow ? 46 : 62, bar = 21, row = 24, gap = 10;
     const chart = svg("svg", { class: "stacked", viewBox: `0 0 ${width} ${bars.reduce((all, one) => all + (one ? row : gap), 0)}`, role: "img", "aria-label": label });
     let y = 0;
     for (const one of bars) {
@@ -60,7 +60,7 @@
         parts.append(svg("rect", { x, y, width: w, height: bar, fill: colour, "fill-opacity": one.pale ? PALE : null }, svg("title", {}, title)));
         if (share >= NAMED_FROM) {
           const text = share >= 2.6 * NAMED_FROM ? `${name} ${(100 * share).toFixed(0)} %` : name;
-          if (text.length * 6.4 < w) parts.append(svg("text", { class: dark ? "on-dark" : "on-light", x: x + w / 2, y: y + 15, "text-anchor": "middle" }, text));
+          if (text.length * LETTER < w) parts.append(svg("text", { class: dark ? "on-dark" : "on-light", x: x + w / 2, y: y + 15, "text-anchor": "middle" }, text));
         }
         x += w;
       }

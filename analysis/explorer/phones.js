@@ -3,6 +3,7 @@
 (function () {
   const { el, number, shortNumber, percent, count } = hearsae;
   const MOST_NAMED = 3;
+  const narrow = window.matchMedia("(max-width: 34rem)");
 
   const two = (value) => value === null ? "–" : value.toFixed(2).replace("-", "−");
   /** [value, low, high] -> 0.93 (0.91 to 0.95) */
@@ -26,7 +27,7 @@
     if (scores.pmi[0] !== null && scores.selectivity[0] !== null) text.push(el("p", {}, `PMI ${between(scores.pmi)} bits, selectivity d′ ${between(scores.selectivity)}.`));
     if (scores.phone_class !== null) text.push(el("p", {}, "Best class: ", el("b", {}, scores.phone_class), `, AUC ${between(scores.class_auc)}.`));
     if (scores.polysemanticity[0] !== null) text.push(el("p", {}, `Polysemanticity ${between(scores.polysemanticity)}: how much the phones change between ranges of activation, 0 to 1.`));
-    text.push(el("p", { class: "quiet" }, "In brackets: 95 % intervals over speakers."));
+    if (scores.auc[1] !== null) text.push(el("p", { class: "quiet" }, "In brackets: 95 % intervals over speakers."));
     return text;
   }
 
@@ -40,7 +41,7 @@
       return { name: `${number(edges[i])} to ${number(edges[i + 1])}`, note: count(all), pale: all < phones.few, all,
         parts: pairs.map(([phone, n]) => part(phone, n / all, n)) };
     }).reverse();
-    const base = { name: "any value", note: "base rate", parts: phones.base.map((share, phone) => part(phone, share, null)) };
+    const base = { name: "any value", note: narrow.matches ? "base" : "base rate", parts: phones.base.map((share, phone) => part(phone, share, null)) };
     if (!ranges.some((range) => range.all)) return [el("p", { class: "quiet" }, "It is above zero in no labelled frame.")];
 
     const inWords = [...ranges, base].map(({ name, note, parts, all }) => {
@@ -50,7 +51,7 @@
     const there = new Set(phones.group);
     const pale = ranges.some((range) => range.all && range.pale);
     return [
-      hearsae.stackedBars([...ranges, null, base], `Phones in each range of activation, from high to low. ${inWords.join(". ")}.`),
+      hearsae.stackedBars([...ranges, null, base], `Phones in each range of activation, from high to low. ${inWords.join(". ")}.`, narrow.matches),
       el("ul", { class: "legend", "aria-hidden": "true" }, ...phones.groups.map(({ colour, name }, i) => {
         if (!there.has(i)) return null;
         const patch = el("span", { class: "patch" });
