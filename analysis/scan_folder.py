@@ -329,7 +329,8 @@ def _drawn_examples(merged: "ShardScan", features: pa.Table) -> dict[str, np.nda
     options, candidates = merged.options, merged.candidates
     start = np.searchsorted(candidates["cell"], np.arange(len(merged.top) + 1) * MAGNITUDES)
     active = np.flatnonzero(np.diff(start))
-    ranges, quantiles = (features[name].combine_chunks().flatten().to_numpy().reshape(len(active), -1) for name in ("range_edges", "quantile_edges"))
+    edges = {"range_edges": options.ranges + 1, "quantile_edges": options.quantiles + 1}
+    ranges, quantiles = (features[name].combine_chunks().flatten().to_numpy().reshape(len(active), n) for name, n in edges.items())
     kinds = np.array([KINDS.index("range"), KINDS.index("quantile")])
     feature, kind, bin_, rank, index = draw_examples(candidates, start, active, ranges, quantiles, bin_edges()[MAGNITUDES:], kinds, options.per_bin)
     where = {"feature": feature, "kind": kind, "bin": bin_, "rank": rank}

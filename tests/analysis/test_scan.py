@@ -371,6 +371,12 @@ def test_any_split_over_workers_gives_the_same_bytes(spoken_store, tmp_path, kin
     assert files(alone.path) == files(shared.path)
 
 
+def test_a_scan_in_which_nothing_is_ever_active_is_one_too(tmp_path):
+    store = fill_store(tmp_path / "acts.zarr", plan_of([0.5, 0.3], chunk_rows=64), {SITE: 3}, lambda site, clip, n: np.full((n, 3), -1.0))
+    found = scan(store, f"neurons:{SITE}", tmp_path / "out")
+    assert set(column(found, "active")) == {0} and set(found.examples(1)["kind"].to_pylist()) == {"bottom"}
+
+
 def test_phones_are_counted_where_their_times_are_known_and_wanted(spoken_store, tmp_path):
     """In the same pass as everything else, to what two passes of their own give; an earlier scan's do not stay."""
     spec, out = f"neurons:{SITE}", tmp_path / "out"
