@@ -59,8 +59,8 @@
         const w = share * (width - left - right);
         parts.append(svg("rect", { x, y, width: w, height: bar, fill: colour, "fill-opacity": one.pale ? PALE : null }, svg("title", {}, title)));
         if (share >= NAMED_FROM) {
-          const text = share >= 2.6 * NAMED_FROM ? `${name} ${(100 * share).toFixed(0)} %` : name;
-          if (text.length * LETTER < w) parts.append(svg("text", { class: dark ? "on-dark" : "on-light", x: x + w / 2, y: y + 15, "text-anchor": "middle" }, text));
+          const text = [`${name} ${(100 * share).toFixed(0)} %`, name].find((one) => one.length * LETTER < w);
+          if (text) parts.append(svg("text", { class: dark ? "on-dark" : "on-light", x: x + w / 2, y: y + 15, "text-anchor": "middle" }, text));
         }
         x += w;
       }

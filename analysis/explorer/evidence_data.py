@@ -6,11 +6,13 @@ import numpy as np
 
 from analysis.evidence import COLUMNS, WITH_INTERVAL, PhoneEvidence
 from analysis.explorer.datafiles import numbers
-from analysis.phone_figure import DARK, FEW_FRAMES, GROUPS, TINTS, group_of, stacking
+from analysis.phone_figure import FEW_FRAMES, GROUPS, TINTS, group_of, stacking
 from analysis.scan_folder import Scan
 
 LISTED = ("auc", "f1", "polysemanticity")
 """Columns of the list, after the phone."""
+BLACK_FROM = 0.179
+"""Luminance from which black has more contrast than white, by the same guidelines."""
 NAMES = ("phone", "phone_class")
 """Of the scores, those that are words."""
 
@@ -42,7 +44,7 @@ class PhoneData:
             "labels": self.labels,
             "group": [groups.index(group_of(label)) for label in self.labels],
             "colour": colours,
-            "dark": [_luminance(colour) < DARK for colour in colours],
+            "dark": [luminance(colour) < BLACK_FROM for colour in colours],
             "base": numbers((frames / max(1, frames.sum())).tolist()),
             "groups": [{"colour": colour, "name": name} for colour, name in GROUPS.values()],
             "few": FEW_FRAMES,
@@ -76,5 +78,8 @@ def tinted(colour: str, white: float) -> str:
     return "#" + "".join(f"{round(255 - (1 - white) * (255 - channel)):02x}" for channel in bytes.fromhex(colour[1:]))
 
 
-def _luminance(colour: str) -> float:
-    return float(np.dot(list(bytes.fromhex(colour[1:])), (0.299, 0.587, 0.114))) / 255
+def luminance(colour: str) -> float:
+    """Relative luminance of `#rrggbb` as in the Web Content Accessibility Guidelines 2.2, 0 to 1."""
+    channels = np.array(list(bytes.fromhex(colour[1:]))) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))

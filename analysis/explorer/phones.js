@@ -23,7 +23,7 @@
         scores.p_value === null ? "." : ` (p\u00a0${scores.p_value < 0.001 ? "<\u00a00.001" : `=\u00a0${shortNumber(scores.p_value)}`}).`),
     ];
     if (scores.f1[0] !== null) text.push(el("p", {}, `Values of ${number(scores.threshold)} and more detect it with an F1 of ${between(scores.f1)}, precision ${two(scores.precision)}, recall ${two(scores.recall)}.`,
-      scores.onset_ms[0] === null ? "" : ` Detection comes ${between(scores.onset_ms, (ms) => ms.toFixed(0).replace("-", "−"))} ms after the phone’s start.`));
+      scores.onset_ms[0] === null ? "" : ` Detection begins ${between(scores.onset_ms, (ms) => ms.toFixed(0).replace("-", "−"))} ms from the phone’s start.`));
     if (scores.pmi[0] !== null && scores.selectivity[0] !== null) text.push(el("p", {}, `PMI ${between(scores.pmi)} bits, selectivity d′ ${between(scores.selectivity)}.`));
     if (scores.phone_class !== null) text.push(el("p", {}, "Best class: ", el("b", {}, scores.phone_class), `, AUC ${between(scores.class_auc)}.`));
     if (scores.polysemanticity[0] !== null) text.push(el("p", {}, `Polysemanticity ${between(scores.polysemanticity)}: how much the phones change between ranges of activation, 0 to 1.`));

@@ -10,7 +10,7 @@ from said import say
 from test_explorer import CLICK_S, OPTIONS, SITE, SOUNDS, WIDTH, make_world, registered
 
 from analysis.evidence import PhoneEvidence
-from analysis.explorer.evidence_data import tinted
+from analysis.explorer.evidence_data import luminance, tinted
 from analysis.explorer.export import export
 from analysis.explorer.reuse import made_from
 from analysis.features import open_features
@@ -56,6 +56,13 @@ def test_list_names_the_phone_that_each_feature_tells_best(world: Path, page: Pa
     assert labels[rows["phone"][0]] == HOSTILE_PHONE and rows["auc"][0] > 0.9
     for name in ("auc", "f1", "polysemanticity"):
         assert rows[name] == [None if value is None else pytest.approx(value, rel=1e-2) for value in scores[name].to_pylist()]
+
+
+def test_names_in_the_chart_have_contrast(page: Path) -> None:
+    phones = registered(page, "index")["scans"][0]["phones"]
+    for colour, dark in zip(phones["colour"], phones["dark"], strict=True):
+        high, low = (1, luminance(colour)) if dark else (luminance(colour), 0)
+        assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
 def test_phones_stand_by_articulation_with_their_base_rates(page: Path) -> None:
