@@ -24,9 +24,11 @@ import pyarrow.parquet as pq
 
 from analysis.explorer.clips import AUDIO, Clips, Use, clip_texts, write_clips
 from analysis.explorer.datafiles import histogram, numbers, pack, sparkline, write_data
+from analysis.explorer.evidence_data import PhoneData
 from analysis.explorer.folder import MARKER, copy_assets, staging_folder
+from analysis.explorer.related import Related, related
 from analysis.explorer.traces import Traces, cut_traces
-from analysis.features import open_features
+from analysis.features import Features, open_features
 from analysis.scan_folder import EXAMPLES, Scan, check_examples
 from cache.errors import HearsaeError
 from cache.header import software
@@ -40,7 +42,7 @@ TOKEN_CONTEXT = 16
 LONGEST_CONTEXT_S = 30.0
 """Whisper's window."""
 KINDS = ("top", "range", "quantile", "bottom")
-NOUNS = {"neurons": "neuron", "sae": "latent", "random": "direction"}
+NOUNS = {"neurons": "neuron", "sae": "latent", "pca": "component", "random": "direction"}
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all)."""
@@ -59,6 +61,8 @@ class _Part:
     examples: pa.Table
     context: int
     """Frames or tokens to either side of a peak."""
+    phones: PhoneData | None
+    """None where the scan has no phones."""
 
 
 def export(
@@ -96,9 +100,10 @@ def export(
     with staging_folder(out) as staging:
         data = staging / "data"
         for part in parts:
-            traces = _cut(part, progress)
+            features_ = open_features(part.scan.info["features"], part.store, seed=part.scan.info["options"]["seed"])
+            traces = _cut(part, features_, progress)
             _write_list(data, part)
-            _write_blocks(data, part, traces, clips)
+            _write_blocks(data, part, traces, clips, related(part.scan, features_, part.table["feature"].to_numpy()))
         missing = write_clips(data, clips, audio, partial(progress, "audio"))
         write_data(data, "index", {"format": FORMAT, "scans": [_summary(part) for part in parts]})
         made_of = {
@@ -166,7 +171,7 @@ def _open_part(
     if len(clip) and not 0 <= clip.min() <= clip.max() < store.clips.num_rows:
         raise HearsaeError(f"{path} is not the store of the scan {scan.path}: the scan names clips that it does not have")
     context = round(context_s / store.header.frame_seconds) if info["axis"] == "frame" else TOKEN_CONTEXT
-    return _Part(name, scan, store, table, examples, max(1, context))
+    return _Part(name, scan, store, table, examples, max(1, context), PhoneData.of(scan))
 
 
 def _examples(scan: Scan) -> pa.Table:
@@ -179,9 +184,8 @@ def _examples(scan: Scan) -> pa.Table:
     return table
 
 
-def _cut(part: _Part, progress: Progress) -> Traces:
+def _cut(part: _Part, features: Features, progress: Progress) -> Traces:
     what = f"traces of {part.scan.info['features']}"
-    features = open_features(part.scan.info["features"], part.store, seed=part.scan.info["options"]["seed"])
     feature, clip, position, value = (part.examples[name].to_numpy() for name in ("feature", "clip", "frame", "value"))
     report = partial(progress, what)
     return cut_traces(part.store, features, feature, clip, position, value, part.context, report)
@@ -207,6 +211,7 @@ def _summary(part: _Part) -> dict[str, Any]:
         "frame_s": part.store.header.frame_seconds,
         "context": part.context,
         "block": FEATURES_PER_BLOCK,
+        "phones": part.phones.summary() if part.phones else None,
     }
 
 
@@ -223,6 +228,8 @@ def _write_list(data: Path, part: _Part) -> None:
     }
     for name in ("density", "max", "mean_active"):
         value[name] = numbers(table[name].to_pylist(), 4)
+    if part.phones:
+        value |= part.phones.columns(table["feature"].to_numpy())
     write_data(data, f"{part.name}/list", value)
 
 
@@ -238,7 +245,7 @@ def _fine_histograms(table: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray, 
         yield tuple(np.asarray(table[name][row].as_py() or [], np.float64) for name in ("hist_lo", "hist_hi", "hist_count"))  # type: ignore[misc]
 
 
-def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips) -> None:
+def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips, others: Related) -> None:
     feature = part.examples["feature"].to_numpy()
     for block in range(-(-part.table.num_rows // FEATURES_PER_BLOCK)):
         table = part.table.slice(block * FEATURES_PER_BLOCK, FEATURES_PER_BLOCK)
@@ -247,7 +254,10 @@ def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips) -> None
         first, stop = int(starts[0]), int(np.searchsorted(feature, shown[-1], side="right"))
         value = {
             "starts": [int(start) - first for start in starts] + [stop - first],
-            "features": [_feature(row, fine) for row, fine in zip(table.to_pylist(), _fine_histograms(table), strict=True)],
+            "features": [
+                _feature(row, fine) | others.of(row["feature"]) | (part.phones.of_feature(row["feature"]) if part.phones else {})
+                for row, fine in zip(table.to_pylist(), _fine_histograms(table), strict=True)
+            ],
             "examples": _pack_examples(part, traces, clips, slice(first, stop)),
             "texts": _own_texts(part, first, stop),
         }
@@ -256,10 +266,14 @@ def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips) -> None
 
 def _feature(row: dict[str, Any], fine: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Any]:
     lo, step, counts = histogram(*fine)
-    names = ("rows", "active", "density", "mean", "std", "mean_active", "max", "min")
+    names = (
+        "rows", "active", "density", "mean", "std", "mean_active", "max", "min",
+        "runs", "run_frames_mean", "run_frames_median", "rise_frames_mean", "fall_frames_mean",
+    )  # fmt: skip
     return dict(zip(names, numbers([row[name] for name in names]), strict=True)) | {
         "rows": row["rows"],
         "active": row["active"],
+        "runs": row["runs"],
         "histogram": {"lo": lo, "step": step, "counts": counts.tolist()},
         "range_edges": numbers(row["range_edges"] or []),
         "quantile_edges": numbers(row["quantile_edges"] or []),

@@ -7,10 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from analysis.scan_folder import EXAMPLES, FEATURES, SCAN, Scan
+from analysis.evidence import AUC, RANGE_COUNTS, SCORES
+from analysis.scan_folder import COACTIVATION, EXAMPLES, FEATURES, SCAN, Scan
 from cache.header import software
 from cache.location import Location
 
+MADE_OF = (SCAN, FEATURES, EXAMPLES, COACTIVATION, SCORES, AUC, RANGE_COUNTS)
+"""Files of a scan that a page is made of; the last three only where the scan has phones."""
 SERVED = "served.json"
 """Beside the page: what it was made from, in full."""
 
@@ -25,7 +28,7 @@ def made_from(scans: Sequence[Location], options: dict[str, Any]) -> dict[str, A
         if asset.is_file():
             looks.update(asset.name.encode() + asset.read_bytes())
     return {
-        "scans": [[str(scan.absolute()), *(_digest(Scan.open(scan).path / name) for name in (SCAN, FEATURES, EXAMPLES))] for scan in scans],
+        "scans": [[str(scan.absolute()), *(_digest(Scan.open(scan).path / name) for name in MADE_OF)] for scan in scans],
         "options": options,
         "software": software(),
         "code": looks.hexdigest(),
