@@ -241,7 +241,7 @@ def test_data_files_are_ascii_and_can_open_or_end_nothing_in_html(page: Path) ->
     files = list((page / "data").rglob("*.js"))
     assert len(files) > 10
     for file in files:
-        assert re.fullmatch(r"(data|scan\d+|audio)/(index|clips|list|block\d+|\d+)\.js", f"{file.parent.name}/{file.name}")
+        assert re.fullmatch(r"(data|scan\d+|clip|audio)/(index|clips|list|block\d+|\d+)\.js", f"{file.parent.name}/{file.name}")
         assert b"<" not in file.read_bytes()
         file.read_text("ascii")
     assert registered(page, "clips")["text"][registered(page, "clips")["source"].index(HOSTILE_NAME)] == HOSTILE_TEXT
