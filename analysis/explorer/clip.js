@@ -3,7 +3,7 @@
 (function () {
   const { el, capital, number, count } = hearsae;
   const isDark = window.matchMedia("(prefers-color-scheme: dark)");
-  const SECOND_PX = 110;
+  const SECOND_PX = 110, WIDE_SECOND_PX = 280;
   const TICK_PX = 60, TICKS_S = [0.1, 0.2, 0.5, 1, 2, 5];
   const STEP_S = 0.1, LONG_STEP_S = 1;
   const clipTable = hearsae.cache(1, (name) => hearsae.load(name));
@@ -18,6 +18,8 @@
     canvas.height = Math.max(1, Math.round(canvas.clientHeight * ratio));
     return canvas.getContext("2d");
   }
+
+  let isWide = false;  // kept from clip to clip
 
   /** Shows clip `clip` of the page; frame: where the cursor stands first, null for the start. */
   hearsae.renderClip = async (page, scan, clip, frame) => {
@@ -37,7 +39,7 @@
     const rows = strips.feature.map((feature, i) => strip(feature, i));
     const tracks = el("div", { class: "clip-tracks", onpointerdown: point },
       row("", slider), row("", axis), row("", tiersPlace), ...rows.map(({ node }) => node), cursor);
-    tracks.style.setProperty("--clip-px", `${Math.round(whole * SECOND_PX)}px`);
+    const widen = el("input", { type: "checkbox", checked: isWide, onchange: () => { isWide = widen.checked; draw(); move(at); } });
     const scroll = el("div", { class: "clip-scroll" }, tracks);
     const button = el("button", { type: "button", class: "clip-play", onclick: toggle, disabled: Boolean(silent) }, "Play");
     const clock = el("span", { class: "quiet" });
@@ -47,7 +49,7 @@
       el("div", { class: "bar" }, el("a", { href: `#${scan.name}`, class: "back" }, `‹ ${hearsae.scanTitle(scan)}`), heading,
         clips.speaker[clip] === null ? null : el("span", { class: "quiet", dir: "auto" }, clips.speaker[clip])),
       el("p", { class: "clip-words", dir: "auto" }, clips.text[clip] ?? ""),
-      el("div", { class: "switches" }, button, clock, el("span", { class: "quiet" },
+      el("div", { class: "switches" }, button, clock, el("label", { title: "Room for the names of short phones" }, widen, "Wide"), el("span", { class: "quiet" },
         strips.feature.length ? `The ${strips.feature.length === 1 ? scan.noun : `${count(strips.feature.length)} ${scan.noun}s`} of this page that rise${strips.feature.length === 1 ? "s" : ""} farthest above the scan's mean, in its standard deviations (σ). Full colour: the scan's maximum.` : `No ${scan.noun} of this page is above zero here.`),
         el("span", { class: "quiet keys" }, el("kbd", {}, "space"), " play ", el("kbd", {}, "←"), el("kbd", {}, "→"), " move")),
       note, scroll);
@@ -104,6 +106,7 @@
 
     function draw() {
       if (!node.isConnected) return;
+      tracks.style.setProperty("--clip-px", `${Math.round(whole * (isWide ? WIDE_SECOND_PX : SECOND_PX))}px`);
       const context = fit(picture), width = picture.clientWidth;
       if (sound) hearsae.drawSpectrogram(context, { x: 0, y: 0, width: picture.width, height: picture.height }, sound, isDark.matches);
       rows.forEach(({ paint }) => paint());

@@ -139,11 +139,14 @@ def _said_of(store: ActivationStore, clips: np.ndarray) -> dict[str, Said]:
 
 
 def _pack_tier(of_stores: list[Said], labels: dict[str, int]) -> dict[str, Any]:
+    """Columns of uint32: `first`; how much later than the interval before each starts (modulo 2^32, for the next clip's starts earlier); how
+    long it lasts; its label's number. Differences are small and deflate better than times."""
     counts = np.concatenate([np.diff(one.first.astype(np.int64)) for one in of_stores])
+    start_ms = np.concatenate([one.start_ms for one in of_stores])
     columns = [
         np.concatenate([[0], np.cumsum(counts)]).astype(np.uint32),
-        np.concatenate([one.start_ms for one in of_stores]),
-        np.concatenate([one.end_ms for one in of_stores]),
+        np.diff(start_ms, prepend=np.uint32(0)),
+        np.concatenate([one.end_ms for one in of_stores]) - start_ms,
         np.array([labels[label] for one in of_stores for label in one.label], np.uint32),
     ]
     return {"count": len(columns[1]), "columns": pack(columns)}

@@ -9,15 +9,17 @@ from typing import Any
 
 from analysis.scan_folder import EXAMPLES, FEATURES, SCAN, Scan
 from cache.header import software
-from cache.location import Location
+from cache.location import Location, location
+from cache.store import TIMINGS
 
 SERVED = "served.json"
 """Beside the page: what it was made from, in full."""
 
 
-def made_from(scans: Sequence[Location], options: dict[str, Any]) -> dict[str, Any]:
-    """All that a page depends on: the scans, by path and content, the options of the export, the code.
+def made_from(scans: Sequence[Location], options: dict[str, Any], store: Location | None = None) -> dict[str, Any]:
+    """All that a page depends on: the scans, by path and content, the times of their words and phones, the options of the export, the code.
 
+    store: where the scans' activation store is now, if it moved.
     Raises HearsaeError where a scan is missing.
     """
     looks = hashlib.sha256()
@@ -25,7 +27,7 @@ def made_from(scans: Sequence[Location], options: dict[str, Any]) -> dict[str, A
         if asset.is_file():
             looks.update(asset.name.encode() + asset.read_bytes())
     return {
-        "scans": [[str(scan.absolute()), *(_digest(Scan.open(scan).path / name) for name in (SCAN, FEATURES, EXAMPLES))] for scan in scans],
+        "scans": [[str(scan.absolute()), *(_digest(file) for file in _files(Scan.open(scan), store))] for scan in scans],
         "options": options,
         "software": software(),
         "code": looks.hexdigest(),
@@ -46,8 +48,14 @@ def remember(out: Path, wanted: dict[str, Any]) -> None:
     (out / SERVED).write_text(json.dumps({"index_ns": (out / "index.html").stat().st_mtime_ns, "made_from": wanted}, indent=1), encoding="utf-8")
 
 
+def _files(scan: Scan, moved_to: Location | None) -> list[Location]:
+    """alignment.json, written last, holds the CRC32C of the timings' files."""
+    store = location(moved_to if moved_to is not None else scan.info["store"])
+    return [*(scan.path / name for name in (SCAN, FEATURES, EXAMPLES)), store / TIMINGS]
+
+
 def _digest(file: Location) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""

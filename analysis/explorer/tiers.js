@@ -15,9 +15,11 @@
   async function unpack(said, clips) {
     const tier = async ({ count, columns }) => {
       const { buffer } = await hearsae.inflate(columns);
-      const first = new Uint32Array(buffer, 0, clips + 1), [start, end, label] = [0, 1, 2].map((k) => new Uint32Array(buffer, 4 * (clips + 1 + k * count), count));
+      const first = new Uint32Array(buffer, 0, clips + 1), [later, length, label] = [0, 1, 2].map((k) => new Uint32Array(buffer, 4 * (clips + 1 + k * count), count));
+      const start = new Uint32Array(count);
+      later.forEach((ms, i) => { start[i] = (i ? start[i - 1] : 0) + ms; });  // modulo 2^32, as an element of this array is
       return (clip) => Array.from({ length: first[clip + 1] - first[clip] }, (_, i) => first[clip] + i)
-        .map((i) => ({ label: said.labels[label[i]], start: start[i] / 1000, end: end[i] / 1000 }));
+        .map((i) => ({ label: said.labels[label[i]], start: start[i] / 1000, end: (start[i] + length[i]) / 1000 }));
     };
     const [words, phones] = await Promise.all([tier(said.words), tier(said.phones)]);
     return { words, phones };

@@ -64,7 +64,9 @@ def said_of(page: Path, tier: str, clip: int) -> list[tuple[str, int, int]]:
     said = registered(page, "clips")["said"]
     n, clips = said[tier]["count"], len(registered(page, "clips")["source"])
     raw = np.frombuffer(zlib.decompress(base64.b64decode(said[tier]["columns"])), "<u4")
-    first, (start, end, label) = raw[: clips + 1], raw[clips + 1 :].reshape(3, n)
+    first, (later, length, label) = raw[: clips + 1], raw[clips + 1 :].reshape(3, n)
+    start = np.cumsum(later, dtype=np.uint32)
+    end = start + length
     return [(said["labels"][label[i]], int(start[i]), int(end[i])) for i in range(first[clip], first[clip + 1])]
 
 

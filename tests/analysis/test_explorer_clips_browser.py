@@ -103,6 +103,21 @@ def test_click_seeks_space_plays_and_arrows_move(chromium: Chromium, page: Path)
     assert chromium.run(f"return {shown}") == "3.00"
 
 
+def test_wide_clip_has_room_for_more_labels(chromium: Chromium, page: Path) -> None:  # noqa: F811
+    chromium.open(page, "#scan0/clip/0")
+    width = "return document.querySelector('.clip-picture').clientWidth"
+    narrow = chromium.run(width)
+    chromium.call("POST", "/window/rect", {"width": 700, "height": 900})
+    try:
+        chromium.run("document.querySelector('.clip input').click()")
+        assert chromium.run(width) == 840 and narrow > 840
+        assert chromium.run("return document.documentElement.scrollWidth <= innerWidth")
+        chromium.run("document.querySelector('.clip input').click()")
+        assert chromium.run(width) < 600
+    finally:
+        chromium.call("POST", "/window/rect", {"width": 1200, "height": 900})
+
+
 def test_hostile_words_phones_and_names_stay_words(chromium: Chromium, page: Path) -> None:  # noqa: F811
     chromium.open(page)
     chromium.open(page, f"#scan0/clip/{number_of(chromium, HOSTILE_NAME)}")
