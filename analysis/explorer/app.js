@@ -1,5 +1,6 @@
 "use strict";
-// Which page is shown (#scan0?auc=0.8&sort=auc, #scan0/feature/17?...: what follows the question mark is the list's view), and the keys.
+// Which page is shown (#scan0?auc=0.8&sort=auc, #scan0/feature/17?...: what follows the question mark is the list's view; #scan0/clip/12,
+// #scan0/clip/12/65 from its frame 65 on), and the keys.
 (function () {
   const { el, count } = hearsae;
   const page = document.getElementById("page");
@@ -7,12 +8,16 @@
 
   hearsae.scanTitle = (scan) => `${hearsae.capital(scan.noun)}s of ${scan.source ? `${scan.source}, ` : ""}${scan.site}`;
 
-  /** {scan, feature, view}: feature is null for the list, view for an address that says nothing of it: then it stays as it is. */
+  /** {scan, feature, clip, frame, view}: feature and clip are null for the list; frame may be; view is for an address that says nothing of it: then it stays as it is. */
   function route() {
     const [path, ...rest] = location.hash.slice(1).split("?");
-    const [name, kind, number] = path.split("/");
+    const [name, kind, number, place] = path.split("/");
     const scan = scans.find((one) => one.name === name) ?? scans[0];
-    return { scan, feature: kind === "feature" && /^\d+$/.test(number ?? "") ? Number(number) : null, view: rest.length ? rest.join("?") : null };
+    const whole = (text) => /^\d+$/.test(text ?? "") ? Number(text) : null;
+    return {
+      scan, feature: kind === "feature" ? whole(number) : null, clip: kind === "clip" ? whole(number) : null, frame: whole(place),
+      view: rest.length ? rest.join("?") : null,
+    };
   }
 
   /** Puts what is shown into the address bar, without a new page. */
@@ -21,7 +26,7 @@
   };
 
   async function show() {
-    const mine = ++turn, asked = location.hash, { scan, feature, view } = route();
+    const mine = ++turn, asked = location.hash, { scan, feature, clip, frame, view } = route();
     hearsae.stop();
     document.querySelectorAll("#scans a").forEach((link) => {
       if (link.hash !== `#${scan.name}`) return link.removeAttribute("aria-current");
@@ -34,11 +39,13 @@
       const list = await hearsae.listView(scan);
       if (mine !== turn) return;
       if (view !== null && `?${view}` !== hearsae.viewAddress(list)) hearsae.readView(list, view, scan);
-      if (feature === null) await hearsae.renderList(place, scan);
+      if (clip !== null) await hearsae.renderClip(place, scan, clip, frame);
+      else if (feature === null) await hearsae.renderList(place, scan);
       else await hearsae.renderFeature(place, scan, feature);
       if (mine !== turn) return;
       if (feature !== null) hearsae.setAddress(`#${scan.name}/feature/${feature}${hearsae.viewAddress(list)}`);
-      document.title = `${feature === null ? "" : `${hearsae.capital(scan.noun)} ${feature} · `}${hearsae.scanTitle(scan)} · hearsae`;
+      const what = clip !== null ? `Clip ${clip} · ` : feature === null ? "" : `${hearsae.capital(scan.noun)} ${feature} · `;
+      document.title = `${what}${hearsae.scanTitle(scan)} · hearsae`;
     } catch (error) {
       if (mine === turn) page.replaceChildren(el("p", { class: "problem", role: "alert" }, error.message));
     }
@@ -54,6 +61,7 @@
   }
 
   function playSelected() {
+    if (route().clip !== null) return page.querySelector(".clip")?.hearsaePlay?.();
     const cards = [...page.querySelectorAll(".example")].filter((card) => card.hearsaePlay);
     const card = cards.find((one) => one.classList.contains("selected")) ?? cards[0];
     card?.hearsaePlay();
@@ -84,13 +92,13 @@
     else if (event.key === "k") step(-1);
     else if (event.key === "/" && page.querySelector("input[type=search]")) page.querySelector("input[type=search]").focus();
     else if (event.key === "?") showKeys();
-    else if (event.key === " " && route().feature !== null && !target.closest("button, a, input, label, summary")) playSelected();
+    else if (event.key === " " && (route().feature !== null || route().clip !== null) && !target.closest("button, a, input, label, summary")) playSelected();
     else return;
     event.preventDefault();
   });
   window.addEventListener("hashchange", show);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    page.querySelectorAll(".example").forEach((card) => card.hearsaeDraw());
+    page.querySelectorAll(".example, .clip").forEach((one) => one.hearsaeDraw());
   });
 
   hearsae.load("index").then((index) => {

@@ -73,9 +73,10 @@ def clip_texts(store: ActivationStore) -> pa.ChunkedArray:
     return pc.coalesce(store.clips["text"], store.clips["source_text"])
 
 
-def write_clips(data: Path, clips: Clips, audio: str, progress: Callable[[int, int], None]) -> int:
+def write_clips(data: Path, clips: Clips, said: dict[str, Any] | None, audio: str, progress: Callable[[int, int], None]) -> int:
     """Writes the clips' audio and their table. Returns how many clips that should be heard can't be.
 
+    said: their words and phones, of `clip_pages.pack_said`.
     audio: one of `AUDIO`, or `none`.
     """
     columns: dict[str, list[Any]] = {name: [] for name in ("source", "speaker", "start_s", "text", "silent")}
@@ -89,7 +90,7 @@ def write_clips(data: Path, clips: Clips, audio: str, progress: Callable[[int, i
     for done, (number, store, clip, source) in enumerate(heard):
         columns["silent"][number] = _write_audio(data, number, store, clip, source, audio)
         progress(done + 1, len(heard))
-    write_data(data, "clips", columns)
+    write_data(data, "clips", columns | {"said": said})
     return sum(columns["silent"][number] is not None for number, *_ in heard)
 
 

@@ -41,11 +41,13 @@
     const box = onFrames && !silent
       ? el("button", { type: "button", class: "player", "aria-label": `Play example: ${name}`, onclick: toggle }, canvas, cursor, el("span", { class: "sign", "aria-hidden": "true" }))
       : el("div", { class: "player", role: "img", "aria-label": `Example: ${name}` }, canvas);
+    const tiersPlace = el("div", {});
     const note = el("p", { class: "note", hidden: true });
     if (silent) tell(`No audio: ${silent}`);
-    const card = el("figure", { class: "example" }, box,
+    const card = el("figure", { class: "example" }, box, tiersPlace,
       el("figcaption", {},
-        el("p", { class: "facts" }, el("b", {}, number(example.value)), el("span", {}, where), clips.speaker[clip] === null ? null : el("span", { dir: "auto" }, clips.speaker[clip])),
+        el("p", { class: "facts" }, el("b", {}, number(example.value)), el("span", {}, where), clips.speaker[clip] === null ? null : el("span", { dir: "auto" }, clips.speaker[clip]),
+          onFrames ? el("a", { class: "whole", href: `#${scan.name}/clip/${clip}/${example.frame}`, "aria-label": `Whole clip, from ${where}${source ? `, ${fileName(source)}` : ""}` }, "clip") : null),
         el("p", { class: "words", dir: "auto", title: example.text }, example.text ?? ""),
         el("p", { class: "source", dir: "auto", title: source }, fileName(source)),
         note));
@@ -62,9 +64,16 @@
     }
 
     function draw() {
+      if (!drawn && onFrames) say();
       drawn = true;
       paint();
       if (!levels && !silent && onFrames) inTurn(hear);
+    }
+
+    async function say() {
+      const said = await hearsae.said(clips);
+      const tiers = said && hearsae.tiers({ words: said.words(clip), phones: said.phones(clip) }, span, canvas.clientWidth);
+      if (tiers) tiersPlace.append(tiers);
     }
 
     async function hear() {

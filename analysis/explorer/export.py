@@ -6,6 +6,7 @@
 - data/clips.js: the clips that examples refer to
 - data/scan0/list.js: one row a feature, for the list
 - data/scan0/block0.js, ...: the histograms, examples and traces of 16 features
+- data/scan0/clip/0.js, ...: the strongest features over one clip
 - data/audio/0.js, ...: one clip's audio
 """
 
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from analysis.explorer.clip_pages import Ranked, pack_said, write_clip_page
 from analysis.explorer.clips import AUDIO, Clips, Use, clip_texts, write_clips
 from analysis.explorer.datafiles import histogram, numbers, pack, sparkline, write_data
 from analysis.explorer.evidence_data import PhoneData
@@ -34,6 +36,7 @@ from cache.errors import HearsaeError
 from cache.header import software
 from cache.location import Location, arrow_input, location
 from cache.store import ActivationStore
+from sae.models import Codes
 
 FORMAT = 1
 FEATURES_PER_BLOCK = 16
@@ -101,10 +104,10 @@ def export(
         data = staging / "data"
         for part in parts:
             features_ = open_features(part.scan.info["features"], part.store, seed=part.scan.info["options"]["seed"])
-            traces = _cut(part, features_, progress)
+            traces = _cut(data, part, features_, clips, progress)
             _write_list(data, part)
             _write_blocks(data, part, traces, clips, related(part.scan, features_, part.table["feature"].to_numpy()))
-        missing = write_clips(data, clips, audio, partial(progress, "audio"))
+        missing = write_clips(data, clips, pack_said(clips), audio, partial(progress, "audio"))
         write_data(data, "index", {"format": FORMAT, "scans": [_summary(part) for part in parts]})
         made_of = {
             "format": FORMAT,
@@ -184,11 +187,19 @@ def _examples(scan: Scan) -> pa.Table:
     return table
 
 
-def _cut(part: _Part, features: Features, progress: Progress) -> Traces:
+def _cut(data: Path, part: _Part, features: Features, clips: Clips, progress: Progress) -> Traces:
+    """The examples' traces. On the frame axis it also writes the pages of the clips that they lie in, while it has their values."""
+    ranked = Ranked.of(part.table)
+
+    def write_page(clip: int, values: np.ndarray | Codes, n_rows: int) -> None:
+        write_clip_page(data, f"{part.name}/clip/{clips.numbers(part.store, np.array([clip]))[0]}", ranked, values, n_rows)
+
     what = f"traces of {part.scan.info['features']}"
     feature, clip, position, value = (part.examples[name].to_numpy() for name in ("feature", "clip", "frame", "value"))
     report = partial(progress, what)
-    return cut_traces(part.store, features, feature, clip, position, value, part.context, report)
+    return cut_traces(
+        part.store, features, feature, clip, position, value, part.context, report, write_page if part.scan.info["axis"] == "frame" else None
+    )
 
 
 # What comes out

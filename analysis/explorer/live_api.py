@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from analysis.explorer.clip_pages import MILLISECONDS, said_in
 from analysis.explorer.clips import clip_texts
 from analysis.explorer.datafiles import numbers, pack
 from analysis.explorer.live import Live, LiveScan, Sound, decode_upload, matches, unmatched
@@ -22,6 +23,7 @@ from cache.audio import load_clip
 from cache.errors import HearsaeError
 from cache.header import SAMPLE_RATE
 from cache.store import ActivationStore
+from cache.timings import Timings, has_timings, read_timings
 
 STRIPS = 16
 """Features shown over time."""
@@ -52,6 +54,8 @@ class LiveApi:
         self._stores = list(live.stores.values())
         self._sounds: OrderedDict[str, Sound] = OrderedDict()
         self._values: OrderedDict[tuple[str, str], np.ndarray] = OrderedDict()
+        self._timings: dict[int, Timings] = {}
+        """By store; read when one of its clips is first heard."""
         self._lock = threading.Lock()
         """Of `_sounds`: `wav` is answered beside a computation. What is computed, and its values, have the turn."""
 
@@ -104,7 +108,22 @@ class LiveApi:
         samples = load_clip(store, clip)
         answer = self._hear(samples, len(samples) / SAMPLE_RATE, time.perf_counter() - began)
         source, speaker = (store.clips[name][clip].as_py() for name in ("source", "speaker"))
-        return answer | {"known": {"clip": clip, "source": source, "speaker": speaker, "text": clip_texts(store)[clip].as_py()}}
+        known = {"clip": clip, "source": source, "speaker": speaker, "text": clip_texts(store)[clip].as_py()}
+        return answer | {"known": known | {"said": self._said(store, clip)}}
+
+    def _said(self, store: ActivationStore, clip: int) -> dict[str, list[dict[str, Any]]] | None:
+        """`words` and `phones`, each a list of {label, start, end} in seconds from the clip's start; None where the store has no times."""
+        which = self._stores.index(store)
+        if which not in self._timings:
+            if not has_timings(store):
+                return None
+            self._timings[which] = read_timings(store)
+        answer = {}
+        for tier, table in (("words", self._timings[which].words), ("phones", self._timings[which].phones)):
+            said = said_in(table, np.array([clip]), store.clips["start_s"].to_numpy()[[clip]])
+            times = (said.start_ms / MILLISECONDS).tolist(), (said.end_ms / MILLISECONDS).tolist()
+            answer[tier] = [{"label": label, "start": start, "end": end} for label, start, end in zip(said.label, *times, strict=True)]
+        return answer
 
     def _hear(self, samples: np.ndarray, duration_s: float, decode_s: float) -> dict[str, Any]:
         began = time.perf_counter()

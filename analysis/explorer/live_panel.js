@@ -50,7 +50,7 @@
   }
 
   /**
-   * A panel of `scan` over `sound` {audio, duration_s, n_frames, levels}. view: {scale(), frameS, seek(frame), pinned: [features]}; `pinned` is changed.
+   * A panel of `scan` over `sound` {audio, duration_s, n_frames, levels, known: {said}}. view: {scale(), frameS, seek(frame), pinned: [features]}; `pinned` is changed.
    * Returns {node, load(), moment(frame), cursor(share), draw(), scan}.
    */
   hearsae.livePanel = (scan, sound, view) => {
@@ -60,7 +60,7 @@
     const cursor = el("span", { class: "live-cursor", hidden: true });
     const slider = el("div", { class: "live-seek", role: "slider", tabindex: "0", "aria-label": "Moment", "aria-valuemin": "0", "aria-valuemax": sound.duration_s.toFixed(2),
       "aria-valuenow": "0", "aria-valuetext": "none chosen", onpointerdown: point, onkeydown: arrow }, canvas);
-    const label = el("span", { class: "quiet" });
+    const label = el("span", { class: "quiet" }), tiersPlace = el("div", {});
     const list = el("ol", { class: "live-strips" });
     const facts = el("p", { class: "quiet about" });
     const momentPlace = el("div", { class: "live-moment" }, el("p", { class: "quiet" }, "Click into the picture for the strongest features of a moment."));
@@ -69,7 +69,7 @@
     const pin = el("form", { class: "live-pin", onsubmit: addPin }, box, el("button", { type: "submit" }, `Pin ${scan.noun}`));
     const node = el("section", { class: "live-panel", "aria-label": scan.title },
       el("h2", {}, scan.title, " ", el("small", {}, count(scan.count))), facts, problem,
-      el("div", { class: "live-tracks" }, el("div", { class: "live-row" }, label, slider, el("span")), el("div", { class: "live-row" }, el("span"), timeAxis(sound, view.frameS)), list, cursor),
+      el("div", { class: "live-tracks" }, el("div", { class: "live-row" }, label, slider, el("span")), el("div", { class: "live-row" }, el("span"), timeAxis(sound, view.frameS)), el("div", { class: "live-row" }, el("span"), tiersPlace), list, cursor),
       pin, momentPlace);
     return { node, load, moment, cursor: moveCursor, draw, scan };
 
@@ -134,6 +134,8 @@
 
     function draw() {
       paint();
+      const said = sound.known?.said, tiers = said && hearsae.tiers(said, { start: 0, end: sound.n_frames * view.frameS }, canvas.clientWidth);
+      tiersPlace.replaceChildren(...(tiers ? [tiers] : []));
       if (!strips) return;
       const { rows, values } = strips, scale = view.scale();
       const most = Math.max(...rows.z.map((z) => z ?? 0), 1e-9);

@@ -10,7 +10,8 @@ from typing import Any
 from analysis.evidence import AUC, RANGE_COUNTS, SCORES
 from analysis.scan_folder import COACTIVATION, EXAMPLES, FEATURES, SCAN, Scan
 from cache.header import software
-from cache.location import Location
+from cache.location import Location, location
+from cache.store import TIMINGS
 
 MADE_OF = (SCAN, FEATURES, EXAMPLES, COACTIVATION, SCORES, AUC, RANGE_COUNTS)
 """Files of a scan that a page is made of; the last three only where the scan has phones."""
@@ -18,9 +19,10 @@ SERVED = "served.json"
 """Beside the page: what it was made from, in full."""
 
 
-def made_from(scans: Sequence[Location], options: dict[str, Any]) -> dict[str, Any]:
-    """All that a page depends on: the scans, by path and content, the options of the export, the code.
+def made_from(scans: Sequence[Location], options: dict[str, Any], store: Location | None = None) -> dict[str, Any]:
+    """All that a page depends on: the scans, by path and content, the times of their words and phones, the options of the export, the code.
 
+    store: where the scans' activation store is now, if it moved.
     Raises HearsaeError where a scan is missing.
     """
     looks = hashlib.sha256()
@@ -28,7 +30,7 @@ def made_from(scans: Sequence[Location], options: dict[str, Any]) -> dict[str, A
         if asset.is_file():
             looks.update(asset.name.encode() + asset.read_bytes())
     return {
-        "scans": [[str(scan.absolute()), *(_digest(Scan.open(scan).path / name) for name in MADE_OF)] for scan in scans],
+        "scans": [[str(scan.absolute()), *(_digest(file) for file in _files(Scan.open(scan), store))] for scan in scans],
         "options": options,
         "software": software(),
         "code": looks.hexdigest(),
@@ -49,8 +51,14 @@ def remember(out: Path, wanted: dict[str, Any]) -> None:
     (out / SERVED).write_text(json.dumps({"index_ns": (out / "index.html").stat().st_mtime_ns, "made_from": wanted}, indent=1), encoding="utf-8")
 
 
+def _files(scan: Scan, moved_to: Location | None) -> list[Location]:
+    """alignment.json, written last, holds the CRC32C of the timings' files."""
+    store = location(moved_to if moved_to is not None else scan.info["store"])
+    return [*(scan.path / name for name in MADE_OF), store / TIMINGS]
+
+
 def _digest(file: Location) -> str:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""

@@ -8,6 +8,7 @@ import numpy as np
 from analysis.features import Features
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
+from sae.models import Codes
 
 LEVELS = 255
 TOLERATED_DIFFERENCE = 0.02
@@ -40,11 +41,14 @@ def cut_traces(
     value: np.ndarray,
     context: int,
     progress: Callable[[int, int], None] | None = None,
+    visit: Callable[[int, np.ndarray | Codes, int], None] | None = None,
 ) -> Traces:
     """Evaluates the features around n examples, reading each clip's rows once.
 
     feature, clip, position, value: [n] each; position is the frame or token within the clip, value what the scan found there.
     progress: called with (clips done, clips in all).
+    visit: called with each clip, its values (float32 [rows, features], or those that are not zero) and its number of rows: whoever needs whole
+    clips need not read them again.
 
     Raises HearsaeError where the store's rows do not give the scanned values, StoreError where they can't be read.
     """
@@ -66,7 +70,9 @@ def cut_traces(
             )
         wanted = position[members, None] + np.arange(-context, context + 1)
         inside = (wanted >= 0) & (wanted < len(rows))
-        values = _evaluate(features, rows, wanted.clip(0, len(rows) - 1), feature[members])
+        codes = features.sparse(rows)
+        of_clip = features.dense(rows) if codes is None else codes
+        values = _values_at(of_clip, features.count, wanted.clip(0, len(rows) - 1), feature[members])
         lo = np.where(inside, values, np.inf).min(axis=1)
         hi = np.where(inside, values, -np.inf).max(axis=1)
         spread = np.where(hi > lo, hi - lo, 1)
@@ -75,6 +81,8 @@ def cut_traces(
         traces.first[members], traces.stop[members] = inside.argmax(axis=1), width - inside[:, ::-1].argmax(axis=1)
         scanned = value[members]
         different += int((np.abs(values[:, context] - scanned) > TOLERATED_DIFFERENCE * np.abs(scanned) + 1e-3).sum())
+        if visit:
+            visit(number, of_clip, len(rows))
         if progress:
             progress(done + 1, n_clips)
     if different > TOLERATED_SHARE * n:
@@ -90,12 +98,11 @@ def _by_clip(clip: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield int(number), members
 
 
-def _evaluate(features: Features, rows: np.ndarray, wanted: np.ndarray, feature: np.ndarray) -> np.ndarray:
-    """Values of `feature[i]` at the rows `wanted[i]`: float32 [n, width]."""
-    codes = features.sparse(rows)
-    if codes is None:
-        return features.dense(rows)[wanted, feature[:, None]]
-    keys = codes.row * features.count + codes.latent
-    wanted_keys = wanted * features.count + feature[:, None]
+def _values_at(of_clip: np.ndarray | Codes, count: int, wanted: np.ndarray, feature: np.ndarray) -> np.ndarray:
+    """Values of `feature[i]` of `count` at the rows `wanted[i]`: float32 [n, width]."""
+    if isinstance(of_clip, np.ndarray):
+        return of_clip[wanted, feature[:, None]]
+    keys = of_clip.row * count + of_clip.latent
+    wanted_keys = wanted * count + feature[:, None]
     at = np.searchsorted(keys, wanted_keys).clip(0, max(0, len(keys) - 1))
-    return np.where(keys[at] == wanted_keys, codes.value[at], np.float32(0)) if len(keys) else np.zeros(wanted.shape, np.float32)
+    return np.where(keys[at] == wanted_keys, of_clip.value[at], np.float32(0)) if len(keys) else np.zeros(wanted.shape, np.float32)

@@ -70,7 +70,7 @@ class Explore(Output):
             live = Live.open(self.scans, self.model, self.store)  # before the export: what is missing is said at once
             out = self.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hearsae-page-")))
             server = stack.enter_context(LiveServer(out, LiveApi(live, shown), self.host, self.port))
-            wanted = made_from(self.scans, self._options | {"store": str(self.store)})
+            wanted = made_from(self.scans, self._options | {"store": str(self.store)}, self.store)
             if is_current(out, wanted):
                 made: dict[str, Any] = {"out": str(out), "index": str(out / "index.html"), "reused": True}
             else:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import soundfile
 from test_explorer_browser import FLAGS, Chromium
@@ -17,6 +18,8 @@ from analysis.explorer.live import Live
 from analysis.explorer.live_api import STRIPS, LiveApi
 from analysis.explorer.server import LiveServer
 from cache import micro
+from cache.timings import read_timings
+from cluster.commands.align import Align
 
 pytestmark = pytest.mark.browser
 
@@ -29,6 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     world = make_live_world(tmp_path_factory.mktemp("live-browser"))
     scans = [world / name for name in SCANS]
     export(scans, world / "page", audio="none")
+    Align(store=world / "acts.zarr", import_=("micro",)).run()
     with running(world / "page", LiveApi(Live.open(scans))) as started:
         yield started
 
@@ -206,6 +210,22 @@ def test_a_clip_of_the_store_is_found_and_heard_with_its_text(chromium: Chromium
     chromium.run("document.querySelector('.live-clips button').click()")
     chromium.wait(HEARD)
     assert texts(chromium, ".live-words span")[0] == text
+    known = read_timings(server.api._stores[0])
+    for tier, table in (("words", known.words), ("phones", known.phones)):
+        said = table.filter(pc.equal(table["clip"], 1))
+        shown = chromium.run(f"""
+            const picture = document.querySelector(".live-picture").getBoundingClientRect();
+            return [...document.querySelectorAll(".{tier}-tier .said")]
+              .map(box => [box.title.split(",")[0], (box.getBoundingClientRect().left - picture.left) / picture.width])""")
+        assert [label for label, _ in shown] == said["label"].to_pylist()
+        whole = next(reversed(server.api._sounds.values())).n_frames * 0.02
+        assert [at * whole for _, at in shown] == pytest.approx(said["start_s"].to_pylist(), abs=0.01)
+
+
+def test_an_upload_has_no_words_and_phones(chromium: Chromium) -> None:
+    upload(chromium, CLIP)
+    chromium.wait(HEARD)
+    assert texts(chromium, ".tier") == []
 
 
 def test_a_file_that_only_the_browser_can_read_is_decoded_there(chromium: Chromium) -> None:

@@ -296,6 +296,7 @@ def test_a_clip_of_the_store_is_found_by_its_words_and_heard(client: Client, liv
     assert client.ask("/live/api/clips?store=0&search=no+such+words").json == {"clips": [], "more": False}
     heard = client.ask("/live/api/clip?store=0&clip=2", b"").json
     assert heard["known"]["text"] == text and heard["n_frames"] == store.clips["n_frames"][2].as_py()
+    assert heard["known"]["said"] is None
     samples, rate = soundfile.read(io.BytesIO(client.ask(f"/live/api/sound?audio={heard['audio']}").body))
     assert rate == RATE and samples == pytest.approx(load_clip(store, 2), abs=1e-4)
 
