@@ -70,6 +70,7 @@ class Decoder:
             return None
 
     def _pass(self, samples: bytes) -> None:
+        self._sphinx.start_stream()  # forget the noise of what was heard before
         self._sphinx.start_utt()
         try:
             self._sphinx.process_raw(samples, full_utt=True)
