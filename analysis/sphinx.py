@@ -1,5 +1,6 @@
 """PocketSphinx, with the English model and the pronouncing dictionary that its wheel brings."""
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -70,6 +71,10 @@ class Decoder:
             return None
 
     def _pass(self, samples: bytes) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            # The only way to forget the noise of what was heard before: the model's own settings turn its removal on, whatever ours are.
+            self._sphinx.start_stream()
         self._sphinx.start_utt()
         try:
             self._sphinx.process_raw(samples, full_utt=True)
