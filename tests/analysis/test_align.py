@@ -1,8 +1,10 @@
 """Alignment of micro's speech, whose times are known, and what is said of clips that can't be aligned."""
 
 import json
+import re
 
 import numpy as np
+import pocketsphinx
 import pytest
 import soundfile
 from conftest import asset, fill_store, micro_audio, plan_of
@@ -115,3 +117,23 @@ def test_pieces_of_a_source_are_aligned_together_whatever_shards_they_are_in(tmp
     sources = store.clips["source"].to_pylist()
     for source in set(sources):
         assert sum(any(sources[clip] == source for clip in clips) for clips in owned) == 1
+
+
+def test_four_of_five_phones_of_words_that_the_dictionary_is_kept_from_are_right():
+    with open(f"{pocketsphinx.get_model_path()}/en-us/cmudict-en-us.dict") as file:
+        entries = (line.split(" ", 1) for line in file)
+        known = {word: phones.split() for word, phones in entries if re.fullmatch("[a-z']+", word)}
+    held = np.random.default_rng(0).choice(sorted(known), 300, replace=False).tolist()
+    rest = {word: " ".join(phones) for word, phones in known.items() if word not in set(held)}
+    wrong = sum(edits(sounds(word, rest.get).split(), known[word]) for word in held)
+    assert wrong / sum(len(known[word]) for word in held) < 0.22
+
+
+def edits(a, b):
+    """Insertions, deletions and substitutions from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]

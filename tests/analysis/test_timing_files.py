@@ -10,6 +10,7 @@ from analysis.align import tables
 from analysis.timing_export import export_times
 from analysis.timing_files import import_times
 from cache.errors import HearsaeError
+from cache.location import location
 from cache.plan import SourceItem, make_plan
 from cache.timings import write_timings
 
@@ -189,6 +190,17 @@ def test_what_is_exported_is_imported_again(tmp_path, form, files):
     assert sorted(again.phones) == sorted(found.aligned.phones)
     with pytest.raises(HearsaeError, match="not empty"):
         export_times(store, timings, tmp_path / "out", form)
+
+
+@pytest.mark.parametrize(("form", "files"), [("textgrid", [""]), ("ctm", ["/words.ctm", "/phones.ctm"])])
+def test_files_of_times_may_be_in_an_object_store(tmp_path, s3, form, files):
+    store, found, timings = timed_store(tmp_path, ["x/a.wav", "y/a.wav"])
+    folder = f"s3://{s3.bucket}/times"
+    export_times(store, timings, location(folder), form)
+    again = imported(store, *(folder + file for file in files)).aligned
+    assert sorted(again.phones) == sorted(found.aligned.phones)
+    with pytest.raises(HearsaeError, match="not empty"):
+        export_times(store, timings, location(folder), form)
 
 
 def test_no_name_leads_out_of_the_folder(tmp_path):
