@@ -276,8 +276,9 @@ def test_earlier_page_is_replaced(world: Path, tmp_path: Path) -> None:
 
 def test_same_scan_gives_the_same_data(world: Path, page: Path, tmp_path: Path) -> None:
     export([world / "neurons"], tmp_path / "page")
-    for file in (tmp_path / "page" / "data" / "scan0").iterdir():
-        assert file.read_bytes() == (page / "data" / "scan0" / file.name).read_bytes()
+    made = tmp_path / "page" / "data"
+    for file in filter(Path.is_file, (made / "scan0").rglob("*")):
+        assert file.read_bytes() == (page / "data" / file.relative_to(made)).read_bytes()
 
 
 def test_interrupted_export_leaves_the_earlier_page(world: Path, tmp_path: Path) -> None:
