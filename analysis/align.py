@@ -1,12 +1,11 @@
-"""Forced alignment: when each word and phone of a clip's transcript is spoken, by PocketSphinx with the English model that its wheel brings."""
+"""Forced alignment: when each word and phone of a clip's transcript is spoken."""
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from analysis.letter_to_sound import sounds
+from analysis.sphinx import UNPRUNED, Decoder, kept_decoder
 from analysis.transcript import Word, words_of
 from cache.audio import SAMPLE_RATE, Source, reopen_source
 from cache.errors import SourceError
@@ -18,15 +17,12 @@ SHORTEST_PHONE_FRAMES = 3
 """A phone's model has three states of at least a frame each."""
 LONGEST_ALIGNED_S = 120.0
 """Of one piece: the search's memory grows with audio times text."""
-BEAMS = {"beam": 1e-120, "pbeam": 1e-120, "wbeam": 1e-120}
-"""As good as none: PocketSphinx's own (1e-48, 1e-48, 7e-29) lose the text of synthetic voices."""
+MOST_UNPRUNED = 6_000_000
+"""Phones times frames that are searched with nothing given up on the way: memory grows with them, by some 100 bytes each."""
 SUSPECT_SHORTEST = 0.4
 """A share of phones at the shortest length above which the text hardly is what was said."""
 SUSPECT_PHONE_S = 1.0
 """A phone that lasts longer hardly is one."""
-
-GUESSED = "~"
-"""Ends the entries that we add to the decoder's dictionary, so that guesses do not pass for its own words."""
 
 Interval = tuple[float, float, str]
 
@@ -42,6 +38,8 @@ class Alignment(NamedTuple):
     phones: list[Interval]
     guessed: list[str]
     """Words that the dictionary lacks."""
+    retried: bool
+    """Whether PocketSphinx's own beams lost the text."""
 
     @property
     def suspect(self) -> bool:
@@ -61,17 +59,32 @@ class Aligned(NamedTuple):
     suspect: list[int]
     guessed: list[str]
     """Words that the dictionary lacks, once for each time they are said."""
+    retried: list[int]
+
+    @classmethod
+    def nothing(cls) -> "Aligned":
+        return cls([], [], [], [], [], [])
+
+    def give(self, clip: int, start_s: float, end_s: float, words: list[Interval], phones: list[Interval]) -> None:
+        """Adds what lies between two times to a clip, cut to them."""
+        for into, intervals in ((self.words, words), (self.phones, phones)):
+            cut = ((max(start_s, a), min(end_s, b), label) for a, b, label in intervals)
+            into += [(clip, a, b, label) for a, b, label in cut if b > a]
 
 
 def align_shard(store: ActivationStore, shard: int) -> Aligned:
-    """Aligns the clips of a shard. A clip that can't be aligned is among the failures, with its reason."""
-    found = Aligned([], [], [], [], [])
+    """Aligns the clips of the sources whose first clip is in a shard, so that pieces of one source are aligned together, whatever shards they are in.
+
+    A clip that can't be aligned is among the failures, with its reason.
+    """
+    found = Aligned.nothing()
+    clips = clips_of(store, shard)
     pieces: dict[tuple[str, int], Alignment | Unalignable] = {}
     try:
         source = reopen_source(store.header.dataset)
     except SourceError as error:
-        return found._replace(failures=[(clip, str(error)) for clip in store.shard_clips(shard)])
-    for clip in store.shard_clips(shard):
+        return found._replace(failures=[(clip, str(error)) for clip in clips])
+    for clip in clips:
         row = store.clips.slice(clip, 1).to_pylist()[0]
         start, end = row["start_s"], row["start_s"] + row["duration_s"]
         try:
@@ -82,18 +95,21 @@ def align_shard(store: ActivationStore, shard: int) -> Aligned:
         except Unalignable as error:
             found.failures.append((clip, str(error)))
             continue
-        for into, intervals in ((found.words, alignment.words), (found.phones, alignment.phones)):
-            times = ((max(start, origin + a), min(end, origin + b), label) for a, b, label in intervals)
-            into += [(clip, a, b, label) for a, b, label in times if b > a]
+        words, phones = ([(origin + a, origin + b, label) for a, b, label in intervals] for intervals in (alignment.words, alignment.phones))
+        found.give(clip, start, end, words, phones)
         if alignment.suspect:
             found.suspect.append(clip)
+        if alignment.retried:
+            found.retried.append(clip)
         found.guessed.extend(alignment.guessed)
     return found
 
 
 def merge(a: Aligned, b: Aligned) -> Aligned:
     """Both: associative, and commutative once sorted, as tables are."""
-    return Aligned(*(x + y for x, y in zip(a, b, strict=True)))
+    return Aligned(
+        a.words + b.words, a.phones + b.phones, a.failures + b.failures, a.suspect + b.suspect, a.guessed + b.guessed, a.retried + b.retried
+    )
 
 
 def tables(found: Aligned) -> tuple[pa.Table, pa.Table, pa.Table]:
@@ -105,8 +121,17 @@ def _table(rows: list[Any], schema: pa.Schema) -> pa.Table:
     return pa.table(list(zip(*rows, strict=True)), schema=schema) if rows else schema.empty_table()
 
 
+def clips_of(store: ActivationStore, shard: int) -> list[int]:
+    """Clips whose source's first clip is in the shard."""
+    sources, rows = store.clips["source"].combine_chunks().dictionary_encode(), store.clips["source_row"].to_numpy()
+    key = np.stack([sources.indices.to_numpy(), rows])
+    _, first, which = np.unique(key, axis=1, return_index=True, return_inverse=True)
+    shards = store.clips["shard"].to_numpy()
+    return np.flatnonzero(shards[first][which.ravel()] == shard).tolist()
+
+
 def _align_source(store: ActivationStore, source: Source, row: dict[str, Any], pieces: dict[Any, Any]) -> tuple[float, Alignment]:
-    """Of a clip that is a piece of a longer source: the whole source's text on its whole audio, once a shard."""
+    """Of a clip that is a piece of a longer source: the whole source's text on its whole audio, once."""
     if not row["source_text"]:
         raise Unalignable("it has no text")
     columns = store.clips.select(["source", "source_row", "start_s", "duration_s"])
@@ -148,32 +173,23 @@ def align(audio: np.ndarray, text: str) -> Alignment:
         raise Unalignable(str(error)) from error
     if not words:
         raise Unalignable("its text has no words")
-    decoder = _decoder()
-    spoken = [_pronounced(decoder, part) for word in words for part in word.spoken]
-    if SHORTEST_PHONE_FRAMES * sum(len(decoder.lookup_word(part).split()) for part in spoken) > n_frames:
+    decoder, said = kept_decoder(), [part for word in words for part in word.spoken]
+    try:
+        entries, guessed = decoder.entries(said)
+    except ValueError as error:
+        raise Unalignable(str(error)) from error
+    n_phones = sum(len((decoder.phones(entry) or "").split()) for entry in entries)
+    if SHORTEST_PHONE_FRAMES * n_phones > n_frames:
         raise Unalignable("its text is too long for its audio")
     samples = np.round(np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes()
-    try:
-        decoder.set_align_text(" ".join(spoken))
-        _pass(decoder, samples)
-        if decoder.hyp() is None:
-            raise Unalignable("its text does not fit its audio")
-        decoder.set_alignment()
-        _pass(decoder, samples)
-        found = decoder.get_alignment()
-    except RuntimeError as error:
-        raise Unalignable("its text does not fit its audio") from error
+    found = decoder.search(entries, samples)
+    retried = found is None and n_phones * n_frames <= MOST_UNPRUNED
+    if retried:
+        unpruned = Decoder(**UNPRUNED)  # for this clip alone: its memory is not kept
+        found = unpruned.search(unpruned.entries(said)[0], samples)
     if found is None:
         raise Unalignable("its text does not fit its audio")
-    return _read(found, words)._replace(guessed=[part.removesuffix(GUESSED) for part in spoken if part.endswith(GUESSED)])
-
-
-def _pass(decoder: Any, samples: bytes) -> None:
-    decoder.start_utt()
-    try:
-        decoder.process_raw(samples, full_utt=True)
-    finally:
-        decoder.end_utt()
+    return _read(found, words)._replace(guessed=guessed, retried=retried)
 
 
 def _read(found: Any, words: list[Word]) -> Alignment:
@@ -190,28 +206,8 @@ def _read(found: Any, words: list[Word]) -> Alignment:
         phones += [(*_seconds(phone), SILENCE if filler else phone.name) for phone in entry]
     if said != len(owner):
         raise Unalignable("its text does not fit its audio")
-    return Alignment([(*spans[number], word.label) for number, word in enumerate(words)], phones, [])
+    return Alignment([(*spans[number], word.label) for number, word in enumerate(words)], phones, [], False)
 
 
 def _seconds(entry: Any) -> tuple[float, float]:
     return round(entry.start * HOP_S, 2), round((entry.start + entry.duration) * HOP_S, 2)
-
-
-def _pronounced(decoder: Any, word: str) -> str:
-    """The dictionary's entry for a word; made by `sounds` where it has none."""
-    for spelling in (word, word.strip("'"), f"{word}{GUESSED}"):
-        if spelling and decoder.lookup_word(spelling) is not None:
-            return spelling
-    phones = sounds(word, decoder.lookup_word)
-    if not phones:
-        raise Unalignable(f"the word '{word[:40]}' has no sound")
-    decoder.add_word(f"{word}{GUESSED}", phones, True)
-    return f"{word}{GUESSED}"
-
-
-@lru_cache(maxsize=1)
-def _decoder() -> Any:
-    """One a process. Batch normalisation of the cepstra: each clip's own mean, so that none depends on the one before."""
-    import pocketsphinx
-
-    return pocketsphinx.Decoder(samprate=SAMPLE_RATE, loglevel="FATAL", lm=None, bestpath=False, dither=False, cmn="batch", **BEAMS)

@@ -22,14 +22,12 @@ from analysis.phone_details import PhoneDetails, Targets, detail_shard, merge_de
 from analysis.phone_kernels import RANGES, bin_lo_hi
 from analysis.phone_labels import PhoneLabels
 from analysis.phone_scores import CLASS_NAMES, AucTable, Scores, auc_table, scores, targets
-from analysis.scan_folder import FEATURES_PER_GROUP, Scan
+from analysis.scan_folder import FEATURES_PER_GROUP, PHONE_FILES, Scan
 from cache.errors import HearsaeError
 from cache.location import Location, arrow_input, location, put
 from cache.store import ActivationStore
 
-SCORES, AUC, COUNTS, RANGE_COUNTS = "phone_scores.parquet", "phone_auc.parquet", "phone_counts.parquet", "phone_ranges.parquet"
-FILES = (COUNTS, RANGE_COUNTS, AUC, SCORES)
-"""In the order in which they are written."""
+COUNTS, RANGE_COUNTS, AUC, SCORES = PHONE_FILES
 WITH_INTERVAL = ("auc", "f1", "pmi", "selectivity", "onset_ms", "class_auc", "polysemanticity")
 COLUMNS = (
     "auc", "auc_active", "auc_shuffled", "p_value", "f1", "precision", "recall", "threshold", "pmi", "selectivity", "onset_ms",
@@ -115,7 +113,7 @@ def write(counts: PhoneCounts, table: AucTable, sought: Targets, details: PhoneD
 def remove(out: Location) -> None:
     """Takes an earlier scan's phones out of a folder, phone_scores.parquet first: without it there are none."""
     try:
-        for name in reversed(FILES):
+        for name in reversed(PHONE_FILES):
             (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise HearsaeError(f"can't write {out}: {error.strerror}") from error

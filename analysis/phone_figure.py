@@ -62,7 +62,7 @@ def draw_mix(mix: PhoneMix, title: str) -> "Figure":
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     frames = mix.frames.sum(axis=1)
-    order = _stacking(mix.phones)
+    order = stacking(mix.phones)
     base_at = len(frames) + 0.5
     for i, n in enumerate(frames.tolist()):
         if n:
@@ -82,20 +82,21 @@ def draw_mix(mix: PhoneMix, title: str) -> "Figure":
     return figure
 
 
-def _group(phone: str) -> str | None:
+def group_of(phone: str) -> str | None:
+    """The key of GROUPS that a phone has."""
     return SILENCE if phone == SILENCE else manner(phone)
 
 
-def _stacking(phones: tuple[str, ...]) -> list[int]:
+def stacking(phones: tuple[str, ...]) -> list[int]:
     """From the foot of a bar to its top: groups together, phones in the order of the alphabet."""
     rank = {group: i for i, group in enumerate(GROUPS)}
-    return sorted(range(len(phones)), key=lambda i: (-rank[_group(phones[i])], phones[i]))
+    return sorted(range(len(phones)), key=lambda i: (-rank[group_of(phones[i])], phones[i]))
 
 
 def _bar(axes: "Axes", x: float, shares: np.ndarray, phones: tuple[str, ...], order: list[int], alpha: float) -> None:
     foot, in_group, last = 0.0, 0, object()
     for i in order:
-        group = _group(phones[i])
+        group = group_of(phones[i])
         in_group, last = (in_group + 1, group) if group == last else (0, group)
         colour = _tinted(GROUPS[group][0], 1 - alpha * (1 - TINTS[in_group % len(TINTS)]))
         if shares[i] > 0:
@@ -119,6 +120,6 @@ def _tinted(colour: str, white: float) -> tuple[float, float, float]:
 def _legend(figure: "Figure", phones: tuple[str, ...]) -> None:
     from matplotlib.patches import Patch
 
-    there = {_group(phone) for phone in phones}
+    there = {group_of(phone) for phone in phones}
     handles = [Patch(color=colour, label=name) for group, (colour, name) in GROUPS.items() if group in there]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)

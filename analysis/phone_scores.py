@@ -114,7 +114,7 @@ def _auc(counts: PhoneCounts, members: np.ndarray, frames: np.ndarray, by_shuffl
         inside, everything = np.concatenate([wide, members.astype(np.float64) @ wide], axis=1), wide.sum(axis=1, keepdims=True)
         auc[some] = area(inside, everything)
         active = [counted[..., ZERO + 1 :].sum(axis=-1) for counted in (inside, everything)]
-        responds[some] = active[0] * counts.frames.sum() >= active[1] * frames
+        responds[some] = (active[0] > 0) & (active[0] * counts.frames.sum() >= active[1] * frames)
     return auc, responds
 
 

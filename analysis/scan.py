@@ -1,6 +1,6 @@
 """The scan: one pass over a store that finds, for every feature of a set, when it is active and how strongly.
 
-Per shard `scan_shard` gives a `ShardScan`; `merge` joins any two; `finish` turns the last one into a folder of Parquet files. Merging is
+Per shard `scan_shard` gives a `ShardScan`; `merge` joins any two; the last one becomes a folder of Parquet files. Merging is
 exact, associative and commutative, so any split over workers and any order of merging gives the same bytes: counts are integers, sums
 are integers too (a block's float64 sum, in fixed point), and which frames are examples follows from values and from a seeded hash of
 (clip, frame), never from who came first.
@@ -14,21 +14,24 @@ range may get fewer examples than it could, and these less evenly drawn; every o
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 
-from analysis import kernels
+from analysis import evidence, kernels
 from analysis.blocks import Block, blocks
 from analysis.coactivation import PARTNERS, WIDEST, PairCounter, Pairs, no_pairs
 from analysis.features import Features, open_features
 from analysis.grid import fixed_point, frame_hash
 from analysis.kernels import CANDIDATE
-from analysis.scan_folder import Scan, refuse_other_folder, write_scan
+from analysis.phone_counts import PhoneCounts, PhoneTally, compact, count_block, merge_counts
+from analysis.phone_labels import PhoneLabels, labels_of
+from analysis.scan_folder import Scan, forget_scan, refuse_other_folder, write_scan
 from cache.errors import HearsaeError
 from cache.location import Location, location
 from cache.store import ActivationStore
+from cache.timings import has_timings, read_timings
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class ScanOptions:
     """Partners of every feature: those it is most often active together with; 0 counts no pairs. Default: 10 for up to 8192 features, else 0."""
     coactive_among: int = 64
     """Pairs are counted among so many strongest features of a row."""
+    no_phones: bool = False
+    """Leave out which phones each feature follows, which is counted where 'hearsae align' has found when they are said."""
     seed: int = 0
     """Of the draw, and of a random basis."""
 
@@ -131,9 +136,16 @@ class ShardScan:
     """MOMENT [features, top]: the same of the negated values."""
     candidates: np.ndarray
     """CANDIDATE, by (cell, hash, clip): of every cell the `per_bin` frames of lowest hash, one per clip."""
+    phones: PhoneCounts | None = None
+    """How often each feature had which value in which phone; counted shard by shard, where the store has timings."""
 
 
-MapShards = Callable[[Callable[[int], ShardScan], Iterable[int]], Iterable[ShardScan]]
+MapShards = Callable[[Callable[[int], Any], Callable[[Any, Any], Any], Iterable[int]], Iterable[Any]]
+
+
+def in_this_process(function: Callable[[int], Any], merge: Callable[[Any, Any], Any], shards: Iterable[int]) -> Iterable[Any]:
+    """One shard after the other; none of them merged yet."""
+    return map(function, shards)
 
 
 def scan(
@@ -142,15 +154,15 @@ def scan(
     out: str | Location,
     options: ScanOptions | None = None,
     *,
-    map_shards: MapShards = map,
+    map_shards: MapShards = in_this_process,
     follow: float | None = None,
 ) -> Scan:
     """Scans every committed shard and writes the folder `out`, whose files `analysis.scan_folder` describes.
 
     spec: which features, see `analysis.features.open_features`.
-    map_shards: (function, shards) -> the function's results in any order, merged with each other or not. The function can be pickled.
-        The default runs in this process, one shard after the other.
+    map_shards: (function, merge, shards) -> the function's results in any order, merged with each other or not. The functions can be pickled.
     follow: scan all shards of the plan, each as it is committed, and wait so many seconds for the next.
+    Where the store has timings, phones are counted in the same pass and looked at closer in a second one (`analysis.evidence`).
     Memory does not grow with the number of shards. Raises HearsaeError where there are no rows, or rows that are not finite.
     """
     options = options or ScanOptions()
@@ -160,25 +172,45 @@ def scan(
         raise HearsaeError(f"{spec} follows from all rows, and {store.path} is not complete: scan it once 'hearsae cache' has finished")
     features = open_features(spec, store, options.seed)
     options = replace(options, coactive=options.partners(features.count))
-    scan_one = partial(scan_shard, features, store, options=options)
+    labels = _labels(store, features, options)
+    scan_one = partial(scan_shard, features, store, labels=labels, options=options)
     shards: Iterable[int]
     if follow is None:
         shards = expected = store.committed(features.site)
     else:
         expected = list(range(store.axis(features.site).shards))
         shards = store.arriving(features.site, patience=follow)
-    merged = reduce(merge, map_shards(scan_one, shards), empty(features, options))
+    merged = reduce(merge, map_shards(scan_one, merge, shards), empty(features, options))
     if list(merged.shards) != expected:
         raise HearsaeError(f"scanned shards {list(merged.shards)} of {store.path}, not {expected}: some results were lost")
-    return finish(merged, store, features, location(out))
+    if not merged.rows:
+        raise HearsaeError(f"{store.path} has no rows of {features.site} yet: run 'hearsae cache' first")
+    out = location(out)
+    forget_scan(out)
+    if labels and merged.phones and merged.phones.frames.any():
+        evidence.measure(features, store, labels, out, merged.phones, lambda one, join: reduce(join, map_shards(one, join, expected)))
+    write_scan(merged, store, features, out)
+    return Scan.open(out)
 
 
-def scan_shard(features: Features, store: ActivationStore, shard: int, options: ScanOptions) -> ShardScan:
+def _labels(store: ActivationStore, features: Features, options: ScanOptions) -> PhoneLabels | None:
+    """Which phones the store's frames lie in; None where that is not known, or not wanted."""
+    if options.no_phones or store.sites[features.site]["axis"] != "frame" or not has_timings(store):
+        return None
+    phones = read_timings(store).phones
+    return labels_of(phones, store.clips, options.seed) if phones.num_rows else None
+
+
+def scan_shard(features: Features, store: ActivationStore, shard: int, options: ScanOptions, labels: PhoneLabels | None = None) -> ShardScan:
     """One committed shard. Depends on nothing but its arguments."""
+    tally = PhoneTally(features.count, len(labels.phones)) if labels else None
     counter = PairCounter(features.count, options.coactive_among) if options.partners(features.count) else None
-    scanned = (_scan_block(block, store, features.count, options, counter) for block in blocks(features, store, shard))
-    merged = reduce(merge, scanned, empty(features, options))
-    return replace(merged, shards=(shard,), pairs=counter.pairs() if counter else merged.pairs)
+    merged = empty(features, options)
+    for block in blocks(features, store, shard):
+        merged = merge(merged, _scan_block(block, store, features.count, options, counter))
+        if labels and tally:
+            count_block(block, labels, tally)
+    return replace(merged, shards=(shard,), pairs=counter.pairs() if counter else merged.pairs, phones=compact(tally) if tally else None)
 
 
 def empty(features: Features, options: ScanOptions) -> ShardScan:
@@ -218,15 +250,8 @@ def merge(a: ShardScan, b: ShardScan) -> ShardScan:
         top=kernels.merge_moments(a.top, b.top, options.per_speaker),
         bottom=kernels.merge_moments(a.bottom, b.bottom, options.per_speaker),
         candidates=kernels.merge_candidates(a.candidates, b.candidates, options.per_bin),
+        phones=merge_counts(a.phones, b.phones) if a.phones and b.phones else None,
     )
-
-
-def finish(merged: ShardScan, store: ActivationStore, features: Features, out: Location) -> Scan:
-    """Writes the folder of a scan. Raises HearsaeError where no rows were scanned, StoreError where it can't be written."""
-    if not merged.rows:
-        raise HearsaeError(f"{store.path} has no rows of {features.site} yet: run 'hearsae cache' first")
-    write_scan(merged, store, features, out)
-    return Scan.open(out)
 
 
 # One block of rows

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # readers of a scan load neither torch nor numba
 
 FORMAT = 2
 SCAN, FEATURES, EXAMPLES, COACTIVATION = "scan.json", "features.parquet", "examples.parquet", "coactivation.parquet"
+PHONE_FILES = ("phone_counts.parquet", "phone_ranges.parquet", "phone_auc.parquet", "phone_scores.parquet")
+"""Of `analysis.evidence`, where the store had timings; in the order in which they are written."""
 INFO = {"store": str, "features": str, "site": str, "axis": str, "count": int, "rows": int, "options": dict, "model": dict}
 """What readers take from scan.json."""
 KINDS = ("bottom", "quantile", "range", "top")
@@ -132,8 +134,17 @@ def refuse_other_folder(out: Location) -> None:
         names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")} if out.exists() else set()
     except OSError as error:
         raise HearsaeError(f"can't use {out} as the scan's folder: {error.strerror}") from error
-    if SCAN not in names and names - {FEATURES, EXAMPLES, COACTIVATION}:
+    if SCAN not in names and names - {FEATURES, EXAMPLES, COACTIVATION, *PHONE_FILES}:
         raise HearsaeError(f"{out} holds other things and is no scan: choose an empty or new folder")
+
+
+def forget_scan(out: Location) -> None:
+    """Makes a folder no scan any more, until another one has been written."""
+    try:
+        for name in (SCAN, *reversed(PHONE_FILES)):
+            (out / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise HearsaeError(f"can't write {out}: {error.strerror}") from error
 
 
 def write_scan(merged: "ShardScan", store: ActivationStore, features: "Features", out: Location) -> None:
@@ -157,10 +168,6 @@ def write_scan(merged: "ShardScan", store: ActivationStore, features: "Features"
         "model": store.header.model,
         "software": software(),
     }
-    try:
-        (out / SCAN).unlink(missing_ok=True)  # until all four are there, this is no scan
-    except OSError as error:
-        raise HearsaeError(f"can't write {out}: {error.strerror}") from error
     put(out / FEATURES, _parquet(table))
     put(out / EXAMPLES, _parquet(examples, FEATURES_PER_GROUP))
     put(out / COACTIVATION, _parquet(pairs))
@@ -322,7 +329,8 @@ def _drawn_examples(merged: "ShardScan", features: pa.Table) -> dict[str, np.nda
     options, candidates = merged.options, merged.candidates
     start = np.searchsorted(candidates["cell"], np.arange(len(merged.top) + 1) * MAGNITUDES)
     active = np.flatnonzero(np.diff(start))
-    ranges, quantiles = (features[name].combine_chunks().flatten().to_numpy().reshape(len(active), -1) for name in ("range_edges", "quantile_edges"))
+    edges = {"range_edges": options.ranges + 1, "quantile_edges": options.quantiles + 1}
+    ranges, quantiles = (features[name].combine_chunks().flatten().to_numpy().reshape(len(active), n) for name, n in edges.items())
     kinds = np.array([KINDS.index("range"), KINDS.index("quantile")])
     feature, kind, bin_, rank, index = draw_examples(candidates, start, active, ranges, quantiles, bin_edges()[MAGNITUDES:], kinds, options.per_bin)
     where = {"feature": feature, "kind": kind, "bin": bin_, "rank": rank}

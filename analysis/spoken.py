@@ -6,7 +6,7 @@ back references and no look-around.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +14,7 @@ import pyarrow.compute as pc
 
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
-
-if TYPE_CHECKING:
-    from cache.timings import Timings
+from cache.timings import Timings, has_timings, read_timings
 
 MICROSECONDS = 1_000_000
 PUNCTUATION = ".,;:!?\"'()[]{}…“”‘’«»-–— "
@@ -40,13 +38,9 @@ class Said(NamedTuple):
     """What is said there."""
 
 
-def timings_of(store: ActivationStore) -> "Timings | None":
+def timings_of(store: ActivationStore) -> Timings | None:
     """The store's timings, where it has any."""
-    if not (store.path / "alignment.json").is_file():
-        return None
-    from cache.timings import read_timings
-
-    return read_timings(store)
+    return read_timings(store) if has_timings(store) else None
 
 
 def labels_at(segments: pa.Table, clips: Sequence[int], times_s: Sequence[float | None]) -> list[str | None]:

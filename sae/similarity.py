@@ -69,6 +69,23 @@ def decoder_cosine(dictionary: Dictionary) -> DecoderCosine:
     return DecoderCosine(float(found.mean()), median, q90, q99, float((found > NEAR_DUPLICATE).mean()))
 
 
+def nearest_latents(dictionary: Dictionary, latents: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The other latents of the dictionary whose decoder rows lie nearest to those of `latents` [n], nearest first.
+
+    Returns their numbers, int64 [n, k], and the cosines, float32 [n, k], k = min(count, d_sae - 1).
+    """
+    rows = _unit_rows(dictionary)
+    k = min(count, len(rows) - 1)
+    other, cosine = np.zeros((len(latents), k), np.int64), np.zeros((len(latents), k), np.float32)
+    chosen = torch.from_numpy(np.asarray(latents, np.int64)).to(rows.device)
+    for first, cosines in _cosines(rows[chosen], rows):
+        here = slice(first, first + len(cosines))
+        cosines[torch.arange(len(cosines), device=rows.device), chosen[here]] = -2.0
+        best = cosines.topk(k, dim=1)
+        other[here], cosine[here] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+    return other, cosine
+
+
 def stability(dictionaries: Sequence[Dictionary], firings: Sequence[np.ndarray] | None = None) -> list[PairStability]:
     """Every pair of dictionaries, by the cosines of their decoder rows. They may differ in width and architecture.
 

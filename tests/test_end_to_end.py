@@ -97,7 +97,7 @@ def test_4_scan(story, capsys, kind):
     assert features["feature"].to_pylist() == list(range(count)) and set(features["rows"].to_pylist()) == {frames("train")}
     examples = pq.read_table(out / "examples.parquet")
     assert [name for name in EXAMPLE_COLUMNS if name in examples.column_names] == EXAMPLE_COLUMNS
-    assert set(examples["kind"].to_pylist()) == {"top", "range", "quantile"}
+    assert set(examples["kind"].to_pylist()) == {"top", "range", "quantile"} | ({"bottom"} if kind != "sae" else set())
     highest = dict(zip(features["feature"].to_pylist(), features["max"].to_pylist(), strict=True))
     for row in examples.to_pylist():
         assert row["value"] <= highest[row["feature"]] * (1 + 1e-6)

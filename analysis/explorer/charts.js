@@ -1,5 +1,5 @@
 "use strict";
-// Histograms as SVG, activation traces on a canvas.
+// Histograms and stacked bars as SVG, activation traces on a canvas.
 (function () {
   const { svg, number, shortNumber, count } = hearsae;
 
@@ -39,6 +39,35 @@
       chart.append(svg("line", { class: "axis", x1: x(value), x2: x(value), y1: height - bottom, y2: height - bottom + 4 }));
     }
     chart.append(svg("line", { class: "axis", x1: left, x2: width - left, y1: height - bottom, y2: height - bottom }));
+    return chart;
+  };
+
+  /**
+   * Stacked bars, one above the other. bars: [{name, note, pale, parts: [{name, share, colour, dark, title}]}], null for a gap between them.
+   * label: the chart in words. isNarrow: for a telephone's screen.
+   */
+  hearsae.stackedBars = (bars, label, isNarrow) => {
+    const NAMED_FROM = 0.035, PALE = 0.45, LETTER = 7.6;  // of a bar; opacity; widest width of a letter at 11 px
+    const width = isNarrow ? 370 : 640, left = isNarrow ? 92 : 104, right = isNarrow ? 46 : 62, bar = 21, row = 24, gap = 10;
+    const chart = svg("svg", { class: "stacked", viewBox: `0 0 ${width} ${bars.reduce((all, one) => all + (one ? row : gap), 0)}`, role: "img", "aria-label": label });
+    let y = 0;
+    for (const one of bars) {
+      if (!one) { y += gap; continue; }
+      const parts = svg("g", { class: one.pale ? "pale" : null });
+      let x = left;
+      for (const { name, share, colour, dark, title } of one.parts) {
+        const w = share * (width - left - right);
+        parts.append(svg("rect", { x, y, width: w, height: bar, fill: colour, "fill-opacity": one.pale ? PALE : null }, svg("title", {}, title)));
+        if (share >= NAMED_FROM) {
+          const text = [`${name} ${(100 * share).toFixed(0)} %`, name].find((one) => one.length * LETTER < w);
+          if (text) parts.append(svg("text", { class: dark ? "on-dark" : "on-light", x: x + w / 2, y: y + 15, "text-anchor": "middle" }, text));
+        }
+        x += w;
+      }
+      chart.append(svg("text", { x: left - 8, y: y + 15, "text-anchor": "end" }, one.name), parts,
+        svg("text", { x: width - right + 8, y: y + 15 }, one.note));
+      y += row;
+    }
     return chart;
   };
 

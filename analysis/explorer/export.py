@@ -26,9 +26,11 @@ import pyarrow.parquet as pq
 from analysis.explorer.clip_pages import Ranked, pack_said, write_clip_page
 from analysis.explorer.clips import AUDIO, Clips, Use, clip_texts, write_clips
 from analysis.explorer.datafiles import histogram, numbers, pack, sparkline, write_data
+from analysis.explorer.evidence_data import PhoneData
 from analysis.explorer.folder import MARKER, copy_assets, staging_folder
+from analysis.explorer.related import Related, related
 from analysis.explorer.traces import Traces, cut_traces
-from analysis.features import open_features
+from analysis.features import Features, open_features
 from analysis.scan_folder import EXAMPLES, Scan, check_examples
 from cache.errors import HearsaeError
 from cache.header import software
@@ -43,7 +45,7 @@ TOKEN_CONTEXT = 16
 LONGEST_CONTEXT_S = 30.0
 """Whisper's window."""
 KINDS = ("top", "range", "quantile", "bottom")
-NOUNS = {"neurons": "neuron", "sae": "latent", "random": "direction"}
+NOUNS = {"neurons": "neuron", "sae": "latent", "pca": "component", "random": "direction"}
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, in all)."""
@@ -62,6 +64,8 @@ class _Part:
     examples: pa.Table
     context: int
     """Frames or tokens to either side of a peak."""
+    phones: PhoneData | None
+    """None where the scan has no phones."""
 
 
 def export(
@@ -99,9 +103,10 @@ def export(
     with staging_folder(out) as staging:
         data = staging / "data"
         for part in parts:
-            traces = _cut(data, part, clips, progress)
+            features_ = open_features(part.scan.info["features"], part.store, seed=part.scan.info["options"]["seed"])
+            traces = _cut(data, part, features_, clips, progress)
             _write_list(data, part)
-            _write_blocks(data, part, traces, clips)
+            _write_blocks(data, part, traces, clips, related(part.scan, features_, part.table["feature"].to_numpy()))
         missing = write_clips(data, clips, pack_said(clips), audio, partial(progress, "audio"))
         write_data(data, "index", {"format": FORMAT, "scans": [_summary(part) for part in parts]})
         made_of = {
@@ -169,7 +174,7 @@ def _open_part(
     if len(clip) and not 0 <= clip.min() <= clip.max() < store.clips.num_rows:
         raise HearsaeError(f"{path} is not the store of the scan {scan.path}: the scan names clips that it does not have")
     context = round(context_s / store.header.frame_seconds) if info["axis"] == "frame" else TOKEN_CONTEXT
-    return _Part(name, scan, store, table, examples, max(1, context))
+    return _Part(name, scan, store, table, examples, max(1, context), PhoneData.of(scan))
 
 
 def _examples(scan: Scan) -> pa.Table:
@@ -182,7 +187,7 @@ def _examples(scan: Scan) -> pa.Table:
     return table
 
 
-def _cut(data: Path, part: _Part, clips: Clips, progress: Progress) -> Traces:
+def _cut(data: Path, part: _Part, features: Features, clips: Clips, progress: Progress) -> Traces:
     """The examples' traces. On the frame axis it also writes the pages of the clips that they lie in, while it has their values."""
     ranked = Ranked.of(part.table)
 
@@ -190,7 +195,6 @@ def _cut(data: Path, part: _Part, clips: Clips, progress: Progress) -> Traces:
         write_clip_page(data, f"{part.name}/clip/{clips.numbers(part.store, np.array([clip]))[0]}", ranked, values, n_rows)
 
     what = f"traces of {part.scan.info['features']}"
-    features = open_features(part.scan.info["features"], part.store, seed=part.scan.info["options"]["seed"])
     feature, clip, position, value = (part.examples[name].to_numpy() for name in ("feature", "clip", "frame", "value"))
     report = partial(progress, what)
     return cut_traces(
@@ -218,6 +222,7 @@ def _summary(part: _Part) -> dict[str, Any]:
         "frame_s": part.store.header.frame_seconds,
         "context": part.context,
         "block": FEATURES_PER_BLOCK,
+        "phones": part.phones.summary() if part.phones else None,
     }
 
 
@@ -234,6 +239,8 @@ def _write_list(data: Path, part: _Part) -> None:
     }
     for name in ("density", "max", "mean_active"):
         value[name] = numbers(table[name].to_pylist(), 4)
+    if part.phones:
+        value |= part.phones.columns(table["feature"].to_numpy())
     write_data(data, f"{part.name}/list", value)
 
 
@@ -249,7 +256,7 @@ def _fine_histograms(table: pa.Table) -> Iterator[tuple[np.ndarray, np.ndarray, 
         yield tuple(np.asarray(table[name][row].as_py() or [], np.float64) for name in ("hist_lo", "hist_hi", "hist_count"))  # type: ignore[misc]
 
 
-def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips) -> None:
+def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips, others: Related) -> None:
     feature = part.examples["feature"].to_numpy()
     for block in range(-(-part.table.num_rows // FEATURES_PER_BLOCK)):
         table = part.table.slice(block * FEATURES_PER_BLOCK, FEATURES_PER_BLOCK)
@@ -258,7 +265,10 @@ def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips) -> None
         first, stop = int(starts[0]), int(np.searchsorted(feature, shown[-1], side="right"))
         value = {
             "starts": [int(start) - first for start in starts] + [stop - first],
-            "features": [_feature(row, fine) for row, fine in zip(table.to_pylist(), _fine_histograms(table), strict=True)],
+            "features": [
+                _feature(row, fine) | others.of(row["feature"]) | (part.phones.of_feature(row["feature"]) if part.phones else {})
+                for row, fine in zip(table.to_pylist(), _fine_histograms(table), strict=True)
+            ],
             "examples": _pack_examples(part, traces, clips, slice(first, stop)),
             "texts": _own_texts(part, first, stop),
         }
@@ -267,10 +277,14 @@ def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips) -> None
 
 def _feature(row: dict[str, Any], fine: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Any]:
     lo, step, counts = histogram(*fine)
-    names = ("rows", "active", "density", "mean", "std", "mean_active", "max", "min")
+    names = (
+        "rows", "active", "density", "mean", "std", "mean_active", "max", "min",
+        "runs", "run_frames_mean", "run_frames_median", "rise_frames_mean", "fall_frames_mean",
+    )  # fmt: skip
     return dict(zip(names, numbers([row[name] for name in names]), strict=True)) | {
         "rows": row["rows"],
         "active": row["active"],
+        "runs": row["runs"],
         "histogram": {"lo": lo, "step": step, "counts": counts.tolist()},
         "range_edges": numbers(row["range_edges"] or []),
         "quantile_edges": numbers(row["quantile_edges"] or []),

@@ -1,5 +1,5 @@
 "use strict";
-// A feature's page: its numbers, its histogram, its examples at every level of activation.
+// A feature's page: its numbers, its histogram, its phones, features like it, its examples at every level of activation.
 (function () {
   const { el, capital, number, shortNumber, percent, count } = hearsae;
   const KEPT_BLOCKS = 6;
@@ -45,7 +45,7 @@
   const options = { lift: true, common: true };
 
   hearsae.renderFeature = async (page, scan, feature) => {
-    const view = await hearsae.listView(scan.name);
+    const view = await hearsae.listView(scan);
     const position = view.list.feature.indexOf(feature);
     if (position < 0) throw new Error(`This page holds no ${scan.noun} ${feature}.`);
     const [block, clips] = await Promise.all([blockOf(`${scan.name}/block${Math.floor(position / scan.block)}`), clipTable("clips")]);
@@ -57,9 +57,10 @@
     const heading = el("h1", { tabindex: "-1" }, `${capital(scan.noun)} ${feature}`);
     page.replaceChildren(
       el("div", { class: "bar" },
-        el("a", { href: `#${scan.name}`, class: "back" }, `‹ ${hearsae.scanTitle(scan)}`), heading, neighbours(scan, view, position)),
+        el("a", { href: `#${scan.name}${hearsae.viewAddress(view)}`, class: "back" }, `‹ ${hearsae.scanTitle(scan)}`), heading, neighbours(scan, view, position)),
       el("div", { class: "overview" }, numbersOf(facts, scan), el("div", {}, hearsae.histogram(facts.histogram, scan.axis),
         el("p", { class: "quiet" }, "Activation over all ", `${scan.axis}s, log counts`, facts.density < 0.5 && facts.histogram.lo >= 0 ? "; zeros are not drawn" : ""))),
+      ...hearsae.phoneSection(facts, scan), ...hearsae.relatedSection(facts, scan, view),
       switches(page, scan),
       ...sections(examples, facts, cardView));
     window.scrollTo(0, 0);
@@ -70,8 +71,17 @@
     const rows = [
       ["Density", percent(facts.density)], [`Active ${scan.axis}s`, `${count(facts.active)} of ${count(facts.rows)}`], ["Max", number(facts.max)],
       ["Mean active", number(facts.mean_active)], ["Mean", number(facts.mean)], ["Standard deviation", number(facts.std)], ["Min", number(facts.min)],
+      ...runs(facts, scan),
     ];
     return el("dl", { class: "numbers" }, ...rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+  }
+
+  /** Of the runs, the stretches of consecutive rows above zero. */
+  function runs(facts, scan) {
+    if (!facts.runs) return [];
+    const long = (frames) => scan.axis === "frame" ? `${(1000 * scan.frame_s * frames).toFixed(0)} ms` : `${shortNumber(frames)} tokens`;
+    return [["Runs above zero", count(facts.runs)], ["Run, median", long(facts.run_frames_median)], ["Run, mean", long(facts.run_frames_mean)],
+      ["Start to peak, mean", long(facts.rise_frames_mean)], ["Peak to end, mean", long(facts.fall_frames_mean)]];
   }
 
   /** The features before and after, in the list's order. */
@@ -87,7 +97,7 @@
       const name = `${step < 0 ? "Previous" : "Next"} ${scan.noun}`;
       return feature === null
         ? el("span", { class: "step", "aria-disabled": "true" }, text)
-        : el("a", { class: "step", href: `#${scan.name}/feature/${feature}`, "aria-label": `${name}: ${feature}`, title: `${name} (${key})` }, text);
+        : el("a", { class: "step", href: `#${scan.name}/feature/${feature}${hearsae.viewAddress(view)}`, "aria-label": `${name}: ${feature}`, title: `${name} (${key})` }, text);
     };
     return el("nav", { class: "steps", "aria-label": `Other ${scan.noun}s` }, link(-1, "‹ previous", "k"), link(1, "next ›", "j"));
   }
@@ -105,22 +115,25 @@
       el("span", { class: "quiet" }, hasSound
         ? `Each picture spans ${shortNumber(scan.context * scan.frame_s)} s to either side of the peak, the line in the middle.`
         : `Each picture spans ${scan.context} tokens to either side of the peak.`),
-      el("span", { class: "quiet keys" }, ...(hasSound ? [el("kbd", {}, "space"), " play "] : []), el("kbd", {}, "j"), " next ", el("kbd", {}, "k"), " previous"));
+      el("span", { class: "quiet keys" }, ...(hasSound ? [el("kbd", {}, "space"), " play "] : []), el("kbd", {}, "j"), " next ", el("kbd", {}, "k"), " previous ", el("kbd", {}, "?"), " keys"));
   }
 
   function sections(examples, facts, view) {
     const top = examples.filter((example) => example.kind === 0);
-    const section = (title, hint, ...content) => el("section", {}, el("h2", {}, title, " ", el("small", {}, hint)), ...content);
+    const section = (kind, title, hint, ...content) => el("section", { class: kind }, el("h2", {}, title, " ", el("small", {}, hint)), ...content);
     const shown = [];
-    if (top.length) shown.push(section("Strongest", "at most one a clip", grid(top, view)));
+    if (!facts.active) shown.push(el("p", { class: "quiet" }, `It was never active: its value is above zero in no ${view.scan.axis}.`));
+    if (top.length) shown.push(section("top", "Strongest", "at most one a clip", grid(top, view)));
+    const bottom = examples.filter((example) => example.kind === 3);
+    if (bottom.length) shown.push(section("bottom", "Lowest", "the most negative values, at most one a clip", grid(bottom, view)));
     const ranges = bins(examples, 1, facts.range_edges, view, (bin, edges) => `${number(edges[bin])} to ${number(edges[bin + 1])}`);
-    if (ranges.length) shown.push(section("Ranges", "of equal width, from high to low", ...ranges));
+    if (ranges.length) shown.push(section("ranges", "Ranges", "of equal width, from high to low", ...ranges));
     const quantiles = bins(examples, 2, facts.quantile_edges, view, (bin, edges) => {
       const n = edges.length - 1, share = (k) => shortNumber(100 * k / n);
       return `${share(bin)} to ${share(bin + 1)} % (${number(edges[bin])} to ${number(edges[bin + 1])})`;
     });
-    if (quantiles.length) shown.push(section("Quantiles", "of the active rows, from high to low", ...quantiles));
-    return shown.length ? shown : [el("p", { class: "quiet" }, "No examples: it was never active.")];
+    if (quantiles.length) shown.push(section("quantiles", "Quantiles", "of the active rows, from high to low", ...quantiles));
+    return shown;
   }
 
   function bins(examples, kind, edges, view, name) {

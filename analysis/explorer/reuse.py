@@ -7,11 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from analysis.scan_folder import EXAMPLES, FEATURES, SCAN, Scan
+from analysis.evidence import AUC, RANGE_COUNTS, SCORES
+from analysis.scan_folder import COACTIVATION, EXAMPLES, FEATURES, SCAN, Scan
 from cache.header import software
 from cache.location import Location, location
 from cache.store import TIMINGS
 
+MADE_OF = (SCAN, FEATURES, EXAMPLES, COACTIVATION, SCORES, AUC, RANGE_COUNTS)
+"""Files of a scan that a page is made of; the last three only where the scan has phones."""
 SERVED = "served.json"
 """Beside the page: what it was made from, in full."""
 
@@ -51,7 +54,7 @@ def remember(out: Path, wanted: dict[str, Any]) -> None:
 def _files(scan: Scan, moved_to: Location | None) -> list[Location]:
     """alignment.json, written last, holds the CRC32C of the timings' files."""
     store = location(moved_to if moved_to is not None else scan.info["store"])
-    return [*(scan.path / name for name in (SCAN, FEATURES, EXAMPLES)), store / TIMINGS]
+    return [*(scan.path / name for name in MADE_OF), store / TIMINGS]
 
 
 def _digest(file: Location) -> str:

@@ -8,9 +8,12 @@ from typing import Any
 
 from analysis.explorer.export import export
 from analysis.scan import ScanOptions
+from cache import micro
 from cache.capture import CaptureConfig
 from cache.store import ActivationStore
+from cache.timings import has_timings
 from cluster.commands import Output, size
+from cluster.commands.align import Align
 from cluster.commands.cache import run_capture
 from cluster.commands.scan import run_scan
 from cluster.pipeline import PoolOptions
@@ -27,7 +30,8 @@ EXPANSION = 8
 
 @dataclass(frozen=True)
 class Demo(Output, WorkerOptions):
-    """The whole story: capture, train an SAE, evaluate it, find what neurons and latents respond to, write a page to look at and listen to.
+    """The whole story: capture, train an SAE, evaluate it, find what neurons and latents respond to, write a page to look at and
+    listen to.
 
     Offline, on the toy Whisper and the synthesised speech that come with hearsae; or on any other that has the site encoder.blocks.2.
     """
@@ -51,6 +55,7 @@ class Demo(Output, WorkerOptions):
         start = time.perf_counter()
         with session(self):
             train_store, test_store = (self._capture(split) for split in (self.train_split, self.test_split))
+            self._align(train_store)
 
             d_sae = EXPANSION * train_store.sites[RESIDUAL]["width"]
             self._say(f"training an SAE of {d_sae} latents on {RESIDUAL}, {self.rows} rows")
@@ -81,6 +86,14 @@ class Demo(Output, WorkerOptions):
         done = run_capture(config, PoolOptions(self.address, self.no_ray, self.workers, self.gpus_per_worker))
         self._say(f"  {done['clips']} clips, {done['frames']} frames, {size(sum(site['bytes'] for site in done['sites'].values()))}")
         return ActivationStore.open(done["store"])
+
+    def _align(self, store: ActivationStore) -> None:
+        if has_timings(store):
+            return
+        known = (micro.NAME,) if self.dataset == micro.NAME else ()
+        self._say("taking the times of words and phones that come with the speech" if known else "finding when words and phones are said")
+        done = Align(store=store.path, import_=known, no_ray=self.no_ray, address=self.address, workers=self.workers).run()
+        self._say(f"  {done['words']} words, {done['phones']} phones; {done['failed']} clips without")
 
     def summary(self, result: dict[str, Any]) -> str:
         return f"{result['features']} features in {result['seconds']:.0f} s; look and listen: {result['page']}"

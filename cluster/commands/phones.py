@@ -33,6 +33,7 @@ COLUMNS = {
 }
 """Of the table, and their headings."""
 WITH_ENDS = ("auc", "polysemanticity")
+LUCK_P = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +80,24 @@ class Phones(Output):
         table = [list(COLUMNS.values()), *([_cell(row, name) for name in COLUMNS] for row in result["rows"])]
         widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-        lines += ["", *_counts(result["summary"])]
+        if any(_by_chance(row) for row in result["rows"]):
+            lines.append(f"?: no better than shuffled labels would be (p > {LUCK_P})")
+        if self.figure is None:
+            lines += ["", *_counts(result["summary"])]
         lines += [f"wrote {result[name]}" for name in ("out", "figure") if name in result]
         return "\n".join(lines)
+
+
+def _by_chance(row: dict[str, Any]) -> bool:
+    return row["phone"] is not None and (row["p_value"] is None or row["p_value"] > LUCK_P)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
     value = row[name]
     if value is None:
         return "-"
+    if name == "phone" and _by_chance(row):
+        return f"{value} ?"
     if not isinstance(value, float):
         return str(value)
     shown = f"{value:.0f}" if name == "onset_ms" else f"{value:.1f}" if name == "phones_at_top" else f"{value:.2f}"

@@ -8,12 +8,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from analysis.scan import ScanOptions, ShardScan, merge, scan
+from analysis.scan import ScanOptions, scan
 from cache.location import Location
 from cache.store import ActivationStore
 from cluster.commands import Output
 from cluster.shards import reduce_shards
-from cluster.workers import WorkerOptions
+from cluster.workers import WorkerOptions, session
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,15 @@ def run_scan(
     kept = ScanOptions(**{field.name: getattr(options, field.name) for field in fields(ScanOptions)})
     store = ActivationStore.open(store_path.absolute(), patience=follow or 0.0)
 
-    def mapper(function: Callable[[int], ShardScan], shards: Iterable[int]) -> Iterable[ShardScan]:
-        with tqdm(total=total(shards), desc="scan", unit="shard", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+    def mapper(function: Callable[[int], Any], merge: Callable[[Any, Any], Any], shards: Iterable[int]) -> Iterable[Any]:
+        with tqdm(total=total(shards), desc=next(passes), unit="shard", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
             merged = reduce_shards(function, merge, shards, workers, bar.update)
         return [] if merged is None else [merged]
 
     def total(shards: Iterable[int]) -> int | None:
         return len(shards) if isinstance(shards, Sized) else None
 
-    done = scan(store, spec, out, kept, map_shards=mapper, follow=follow)
+    passes = iter(("scan", "phones"))
+    with session(workers):
+        done = scan(store, spec, out, kept, map_shards=mapper, follow=follow)
     return {"dir": str(out), "features": done.info["count"], "rows": done.info["rows"], "seconds": time.perf_counter() - start}

@@ -197,8 +197,8 @@ def test_feature_shows_its_examples_by_kind_and_bin(chromium: Chromium, page: Pa
     ]
     examples = pq.read_table(page.parent / "neurons" / "examples.parquet").to_pandas().query("feature == 0")
     assert chromium.run("return document.querySelectorAll('.example').length") == len(examples)
-    assert chromium.run("return document.querySelectorAll('section:first-of-type .example').length") == 3
-    values = chromium.run("return [...document.querySelectorAll('section:first-of-type .facts b')].map(value => value.textContent)")
+    assert chromium.run("return document.querySelectorAll('section.top .example').length") == 3
+    values = chromium.run("return [...document.querySelectorAll('section.top .facts b')].map(value => value.textContent)")
     assert values == ["5.00", "4.90", "4.80"]
     ranges = [text for text in shown if re.fullmatch(r"\S+ to \S+", text)]
     assert ranges[0] == "3.75 to 5.00" and ranges == sorted(ranges, reverse=True)

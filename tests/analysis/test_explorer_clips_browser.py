@@ -30,7 +30,7 @@ def labels(chromium: Chromium, where: str) -> list[str]:  # noqa: F811
 def test_card_shows_words_and_phones_on_the_pictures_time_axis(chromium: Chromium, page: Path) -> None:  # noqa: F811
     chromium.open(page, "#scan0/feature/0")
     chromium.wait("document.querySelector('.example .phones-tier')")
-    card = "section:first-of-type .example:first-of-type"
+    card = "section.top .example:first-of-type"
     assert labels(chromium, f"{card} .words-tier .said") == ["plain", "words"]  # `late` is later than what is shown
     assert labels(chromium, f"{card} .phones-tier .said") == ["P", "L", PEAK_PHONE, "SIL"]
     assert chromium.run(f"return [...document.querySelectorAll('{card} .at-peak')].map(phone => phone.textContent)") == [PEAK_PHONE]

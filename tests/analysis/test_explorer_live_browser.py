@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     world = make_live_world(tmp_path_factory.mktemp("live-browser"))
     scans = [world / name for name in SCANS]
     export(scans, world / "page", audio="none")
-    Align(store=world / "acts.zarr", import_="micro").run()
+    Align(store=world / "acts.zarr", import_=("micro",)).run()
     with running(world / "page", LiveApi(Live.open(scans))) as started:
         yield started
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import fill_store, plan_of
+from said import say
 from scan_twin import SITE, save_sae
-from timings_standin import say
 
 from analysis.query import activation_rows
 from analysis.scan import scan
@@ -31,7 +31,7 @@ def root(tmp_path_factory) -> Path:
     plan = make_plan([SourceItem(name, i, 16000, text=f"words of {i}") for i, name in enumerate(NAMES)], chunk_rows=64, shuffle=False)
     rows = lambda site, clip, n: np.random.Generator(np.random.PCG64(clip)).normal(1, 1, (n, WIDTH))  # noqa: E731
     store = fill_store(root / "acts.zarr", plan, {SITE: WIDTH}, rows)
-    say(store, [(i, 0.1, 0.3, "danger") for i in range(4)], [(i, 0.1, 0.3, "M") for i in range(4)])
+    say(store, [(i, 0.1, 0.3, "danger") for i in range(4)], [(i, t, t + 0.2, phone) for i in range(4) for t, phone in ((0.1, "M"), (0.4, "T"))])
     scan(store, f"neurons:{SITE}", root / "neurons")
     scan(store, f"sae:{save_sae(root / 'sae')}", root / "latents")
     mute = fill_store(root / "mute.zarr", plan_of([1.0], chunk_rows=64), {SITE: WIDTH}, rows)
@@ -46,7 +46,7 @@ QUESTIONS = {
     "moment": (["--scan", "latents", *MOMENT], {"feature", "value", "z", "density", "word", "phone"}),
     "moment by z": (["--scan", "neurons", "--clip", "it's.wav", "--frame", "3", "--by", "z"], {"feature", "value", "z"}),
     "span": (["--scan", "neurons", *SPAN, "--over", "max"], {"feature", "value", "z", "frames"}),
-    "phone": (["--scan", "latents", "--phone", "M"], {"feature", "auc", "auc_moved", "log_odds"}),
+    "phone": (["--scan", "latents", "--phone", "M"], {"phone", "feature", "auc", "auc_shuffled"}),
     "word": (["--scan", "neurons", "--word", "Danger"], {"feature", "auc", "rate_inside", "rate_outside"}),
     "text": (["--scan", "neurons", "--text", "^dang"], {"feature", "auc"}),
     "like, codes": (["--scan", "latents", "--like", *MOMENT, "--one-per-clip"], {"cosine", "clip", "source", "start_s"}),
@@ -173,7 +173,7 @@ def test_a_question_loads_only_what_it_needs(root, arguments, loaded):
     heavy = ["torch", "ray", "whisper", "datasets", "numba", "duckdb"]
     project = Path(__file__).parents[2]
     paths = [str(project), str(Path(__file__).parent)]
-    setup = f"import os, sys; sys.path[:0] = {paths}; import timings_standin; from cluster.cli import main"
+    setup = f"import os, sys; sys.path[:0] = {paths}; import said; from cluster.cli import main"
     code = (
         f"{setup}; os.chdir({str(root)!r}); assert main(['query', *{arguments!r}]) == 0; print('LOADED', [m for m in {heavy!r} if m in sys.modules])"
     )

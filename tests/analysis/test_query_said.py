@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import fill_store, plan_of
+from said import say, segments
 from scan_twin import SITE, all_rows, save_sae
-from timings_standin import say, segments
 
 from analysis.contrast import MOVED, _place, contrast, top_contrast
 from analysis.features import open_features

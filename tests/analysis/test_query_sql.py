@@ -7,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import fill_store, plan_of
+from said import say
 from scan_twin import SITE
-from timings_standin import say
 
 from analysis.moments import stretch_at
 from analysis.neighbours import nearest_rows
 from analysis.query import activation_rows, feature_moments
-from analysis.scan import Scan, scan
+from analysis.scan import Scan, ScanOptions, scan
 from analysis.tables import run_sql
 from analysis.written_rows import save_rows
 from cache.errors import HearsaeError
@@ -36,7 +36,8 @@ def store(root) -> ActivationStore:
 
 @pytest.fixture(scope="module")
 def scans(root, store) -> list[Scan]:
-    return [scan(store, f"neurons:{SITE}", root / "it's; DROP"), scan(store, f"random:{SITE}", root / "random")]
+    silent = ScanOptions(no_phones=True)
+    return [scan(store, f"neurons:{SITE}", root / "it's; DROP", silent), scan(store, f"random:{SITE}", root / "random", silent)]
 
 
 def test_the_tables_are_those_of_the_folders(store, scans):

@@ -12,13 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 import scan_twin as twin
 from conftest import fill_store, plan_of
+from said import say
 from scan_twin import SITE, Example, all_rows, save_sae
 
+from analysis.evidence import PhoneEvidence, measure
 from analysis.features import SaeLatents, open_features
 from analysis.grid import bin_edges
+from analysis.phone_labels import labels_of
 from analysis.scan import Scan, ScanOptions, ShardScan, merge, scan, scan_shard, speakers
+from analysis.scan_folder import PHONE_FILES
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
+from cache.timings import read_timings
 
 SECONDS = [0.4, 1.7, 0.02, 2.5, 0.9, 1.2, 3.0, 0.1, 0.66, 2.0, 1.5, 0.8, 2.2, 0.3, 1.1, 0.5, 2.8, 0.7, 1.9, 0.06, 1.3, 2.4, 0.2, 1.0, 2.6]
 WIDTH = 16
@@ -261,7 +266,8 @@ def test_scan_json_says_what_was_scanned(scanned, store, rows):
         "rows": len(rows.values),
         "shards": 8,
         "coactive_rows_cut": 0,
-        "options": {"top": 4, "ranges": 8, "quantiles": 5, "per_bin": 3, "seed": 7} | {"per_speaker": 0, "coactive": 10, "coactive_among": 64},
+        "options": {"top": 4, "ranges": 8, "quantiles": 5, "per_bin": 3, "seed": 7}
+        | {"per_speaker": 0, "coactive": 10, "coactive_among": 64, "no_phones": False},
         "model": store.header.model,
         "software": scanned.info["software"],
     }
@@ -327,7 +333,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def over_workers(n_workers: int):
     """As on a cluster: every task gets its own copy, results arrive in another order, some of them merged already."""
 
-    def map_shards(function, shards):
+    def map_shards(function, merge, shards):
         random = np.random.Generator(np.random.PCG64(n_workers))
         parts = np.array_split(random.permutation(shards), n_workers)
         for part in random.permutation(len(parts)):
@@ -341,16 +347,46 @@ def over_workers(n_workers: int):
     return map_shards
 
 
+@pytest.fixture(scope="module")
+def spoken_store(tmp_path_factory) -> ActivationStore:
+    """The same with a phone every 70 ms, and none in some clips."""
+    plan = plan_of(SECONDS, shard_rows=256, chunk_rows=64)
+    store = fill_store(tmp_path_factory.mktemp("spoken") / "acts.zarr", plan, {SITE: WIDTH}, made_up_rows, skip={3: "unreadable"})
+    durations = store.clips["duration_s"].to_pylist()
+    phones = [(clip, s / 100, (s + 7) / 100, "TSML"[s % 4]) for clip in range(20) for s in range(0, int(100 * durations[clip]), 7)]
+    say(store, [(0, 0.0, 0.1, "word")], phones)
+    return store
+
+
 @pytest.mark.parametrize("workers", [1, 2, 7])
 @pytest.mark.parametrize("kind", ["neurons", "random", "pca", "sae"])
-def test_any_split_over_workers_gives_the_same_bytes(store, tmp_path, kind, workers):
+def test_any_split_over_workers_gives_the_same_bytes(spoken_store, tmp_path, kind, workers):
+    store = spoken_store
     spec = f"sae:{save_sae(tmp_path / 'sae')}" if kind == "sae" else f"{kind}:{SITE}"
     options = replace(OPTIONS, per_speaker=2)
     alone = scan(store, spec, tmp_path / "alone", options)
     shared = scan(store, spec, tmp_path / "shared", options, map_shards=over_workers(workers))
-    assert alone.coactivation.num_rows > 100
+    assert alone.coactivation.num_rows > 100 and PhoneEvidence.exists(alone)
     assert sum(len(alone.examples(feature)) for feature in range(alone.info["count"])) > 100
     assert files(alone.path) == files(shared.path)
+
+
+def test_a_scan_in_which_nothing_is_ever_active_is_one_too(tmp_path):
+    store = fill_store(tmp_path / "acts.zarr", plan_of([0.5, 0.3], chunk_rows=64), {SITE: 3}, lambda site, clip, n: np.full((n, 3), -1.0))
+    found = scan(store, f"neurons:{SITE}", tmp_path / "out")
+    assert set(column(found, "active")) == {0} and set(found.examples(1)["kind"].to_pylist()) == {"bottom"}
+
+
+def test_phones_are_counted_where_their_times_are_known_and_wanted(spoken_store, tmp_path):
+    """In the same pass as everything else, to what two passes of their own give; an earlier scan's do not stay."""
+    spec, out = f"neurons:{SITE}", tmp_path / "out"
+    with_phones = files(scan(spoken_store, spec, out, OPTIONS).path)
+    features = open_features(spec, spoken_store)
+    measure(features, spoken_store, labels_of(read_timings(spoken_store).phones, spoken_store.clips, OPTIONS.seed), tmp_path / "alone")
+    assert files(tmp_path / "alone") == {name: with_phones[name] for name in PHONE_FILES}
+    without = files(scan(spoken_store, spec, out, replace(OPTIONS, no_phones=True)).path)
+    assert set(without) == set(with_phones) - set(PHONE_FILES)
+    assert all(without[name] == with_phones[name] for name in without if name != "scan.json")
 
 
 def same(one, other) -> bool:
@@ -498,9 +534,9 @@ def test_a_scan_replaces_an_older_one(store, scanned, tmp_path):
 
 def test_lost_results_are_noticed(store, tmp_path):
     with pytest.raises(HearsaeError, match="some results were lost"):
-        scan(store, f"neurons:{SITE}", tmp_path / "out", OPTIONS, map_shards=lambda function, shards: map(function, shards[1:]))
+        scan(store, f"neurons:{SITE}", tmp_path / "out", OPTIONS, map_shards=lambda function, merge, shards: map(function, shards[1:]))
     with pytest.raises(ValueError, match="twice"):
-        scan(store, f"neurons:{SITE}", tmp_path / "out", OPTIONS, map_shards=lambda function, shards: map(function, [0, *shards]))
+        scan(store, f"neurons:{SITE}", tmp_path / "out", OPTIONS, map_shards=lambda function, merge, shards: map(function, [0, *shards]))
 
 
 @pytest.mark.parametrize(

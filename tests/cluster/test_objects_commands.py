@@ -59,6 +59,7 @@ def story(capsys: pytest.CaptureFixture[str], place: Location) -> dict[str, Any]
     kept["info"] = run(capsys, "info", place / "acts.zarr")
     kept["train"] = run(capsys, *train(place))["runs"][0]
     kept["evaluate"] = run(capsys, "evaluate", "--sae", place / "sae", "--store", place / "acts.zarr")["results"][0]
+    kept["align"] = run(capsys, "align", "--store", place / "acts.zarr", "--no-ray")
     for name, spec in (("latents", f"sae:{place / 'sae'}"), ("neurons", f"neurons:{NEURONS}")):
         kept[name] = run(capsys, "scan", "--store", place / "acts.zarr", "--features", spec, "--out", place / name, "--no-ray")
     kept["moments"] = run(capsys, "query", "--scan", place / "neurons", "--feature", 3)
@@ -70,6 +71,9 @@ def story(capsys: pytest.CaptureFixture[str], place: Location) -> dict[str, Any]
         "evaluate": ("rows", "fvu", "l0", "dead_fraction"),
         "latents": ("features", "rows"),
         "neurons": ("features", "rows"),
+        "align": ("clips", "aligned", "failed", "words", "phones"),
+        "moments": ("rows",),
+        "features": ("rows",),
     }
     return {step: {name: answer[name] for name in names[step]} if step in names else answer for step, answer in kept.items()}
 
@@ -79,7 +83,9 @@ def results(place: Location) -> dict[str, bytes]:
     shards = range(ActivationStore.open(place / "acts.zarr").axis(RESIDUAL).shards)
     names = [f"acts.zarr/{site}/{name}" for site in (RESIDUAL, NEURONS) for name in ("zarr.json", *(f"c/{shard}/0" for shard in shards))]
     names += ["acts.zarr/clips.parquet", "acts.zarr/skipped.parquet", "sae/sae.safetensors"]
-    names += [f"{scan}/{table}.parquet" for scan in ("latents", "neurons") for table in ("features", "examples")]
+    names += [f"acts.zarr/{table}.parquet" for table in ("words", "phones", "unaligned")]
+    tables = ("features", "examples", "coactivation", "phone_scores", "phone_auc", "phone_counts", "phone_ranges")
+    names += [f"{scan}/{table}.parquet" for scan in ("latents", "neurons") for table in tables]
     return {name: (place / name).read_bytes() for name in names}
 
 

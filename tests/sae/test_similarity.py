@@ -7,7 +7,7 @@ import torch
 import sae.similarity
 from cache.errors import HearsaeError
 from sae.models import Dictionary, SaeConfig
-from sae.similarity import decoder_cosine, stability
+from sae.similarity import decoder_cosine, nearest_latents, stability
 
 D_IN = 16
 
@@ -42,6 +42,22 @@ def test_the_nearest_other_latent_is_that_of_the_full_matrix(blocks):
     found = decoder_cosine(dictionary_of(rows))
     expected = [nearest.mean(), *np.quantile(nearest, [0.5, 0.9, 0.99]), 2 / 50]
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_nearest_latents_are_those_of_the_full_matrix(blocks):
+    rows = random_rows(50, seed=5)
+    cosines = unit(rows) @ unit(rows).T
+    np.fill_diagonal(cosines, -2)
+    asked = np.array([3, 17, 49, 0])
+    other, cosine = nearest_latents(dictionary_of(rows), asked, 8)
+    assert np.array_equal(other, np.argsort(-cosines[asked], axis=1)[:, :8])
+    assert np.allclose(cosine, np.sort(cosines[asked], axis=1)[:, :-9:-1], atol=1e-5)
+
+
+def test_a_latent_has_no_more_neighbours_than_there_are_others():
+    other, cosine = nearest_latents(dictionary_of(random_rows(3, seed=6)), np.array([1]), 8)
+    assert sorted(other[0]) == [0, 2] and cosine.shape == (1, 2)
+    assert nearest_latents(dictionary_of(random_rows(1, seed=6)), np.array([0]), 8)[0].shape == (1, 0)
 
 
 def test_stability_is_that_of_the_full_matrix(blocks):
