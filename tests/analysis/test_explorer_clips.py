@@ -13,8 +13,10 @@ from test_explorer import CLICK_FRAME, HOSTILE_NAME, HOSTILE_TEXT, make_world, r
 
 from analysis.explorer.clip_pages import STRIPS, said_in
 from analysis.explorer.export import export
+from analysis.explorer.reuse import is_current, made_from, remember
 from analysis.features import open_features
 from analysis.scan_folder import Scan
+from cache.location import location
 from cache.store import ActivationStore
 from cache.timings import INTERVALS, UNALIGNED, write_timings
 
@@ -123,6 +125,15 @@ def test_page_of_a_store_without_timings_has_none(world: Path, tmp_path: Path) -
     plain = make_world(tmp_path / "world")
     export([plain / "neurons"], tmp_path / "page", audio="none")
     assert registered(tmp_path / "page", "clips")["said"] is None
+
+
+def test_page_made_before_the_store_got_timings_is_not_served_again(tmp_path: Path) -> None:
+    plain = make_world(tmp_path / "world")
+    export([plain / "neurons"], tmp_path / "page", audio="none")
+    remember(tmp_path / "page", made_from([location(plain / "neurons")], {}))
+    assert is_current(tmp_path / "page", made_from([location(plain / "neurons")], {}))
+    add_timings(ActivationStore.open(plain / "acts.zarr"))
+    assert not is_current(tmp_path / "page", made_from([location(plain / "neurons")], {}))
 
 
 def test_no_byte_of_the_clips_data_can_end_a_script(world: Path) -> None:
