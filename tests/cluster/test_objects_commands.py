@@ -89,6 +89,7 @@ def results(place: Location) -> dict[str, bytes]:
     return {name: (place / name).read_bytes() for name in names}
 
 
+@pytest.mark.slow
 def test_the_whole_story_is_that_of_a_disk(s3: S3, tmp_path: Path, capsys, monkeypatch):
     remote = location(f"s3://{s3.bucket}/project")
     for place in (tmp_path, remote):

@@ -249,6 +249,7 @@ def said(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_followed_job_shows_its_log_and_ends_as_it_does(said):
     assert "there are no jobs" in said["none"]["out"]
     followed = said["followed"]
@@ -261,6 +262,7 @@ def test_a_followed_job_shows_its_log_and_ends_as_it_does(said):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_code_that_was_sent_along_is_the_code_that_runs(said):
     shipped = said["shipped"]
     assert shipped["status"] == 0, shipped
@@ -272,6 +274,7 @@ def test_the_code_that_was_sent_along_is_the_code_that_runs(said):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_job_that_fails_fails_its_waiter_with_its_own_words(said):
     failed, elsewhere = said["failed"], said["elsewhere"]
     assert failed["status"] == 1 and "hearsae: there is no activation store at /nowhere" in failed["err"].splitlines()[-1]
@@ -281,6 +284,7 @@ def test_a_job_that_fails_fails_its_waiter_with_its_own_words(said):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_running_and_says_so(said):
     left = said["left"]
     assert left["status"] == 1 and "Traceback" not in left["err"]
@@ -289,6 +293,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(said):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_a_job_can_be_stopped_and_forgotten(said):
     for refused, reason in ((said["delete_running"], "long"), (said["again"], "already exists")):
         assert refused["status"] == 1 and refused["out"] == "" and reason in refused["err"] and refused["err"].count("\n") == 1, refused
@@ -301,6 +306,7 @@ def test_a_job_can_be_stopped_and_forgotten(said):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_jobs_are_listed_with_what_they_run(said):
     jobs = json.loads(said["list"]["out"])["jobs"]
     assert [job["status"] for job in jobs] == ["SUCCEEDED", "SUCCEEDED", "FAILED", "FAILED", "STOPPED"]

@@ -25,6 +25,7 @@ def run_twins(**environment: str) -> str:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_every_function_equals_its_plain_twin_in_the_interpreter():
     said = run_twins(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert " passed" in said and "skipped" not in said
