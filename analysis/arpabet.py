@@ -6,7 +6,7 @@ CMUdict and those that TIMIT and eSpeak NG add. A phone that is not in it, of an
 
 import re
 
-SILENCE = "SIL"
+from cache.timings import SILENCE as SILENCE  # the label that timings have for it
 
 CLASSES: dict[str, frozenset[str]] = {
     "vowel": frozenset("AA AE AH AO AW AX AXR AY EH ER EY IH IX IY OW OY UH UW UX".split()),

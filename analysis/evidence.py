@@ -22,7 +22,7 @@ from analysis.phone_details import PhoneDetails, Targets, detail_shard, merge_de
 from analysis.phone_kernels import RANGES, bin_lo_hi
 from analysis.phone_labels import PhoneLabels
 from analysis.phone_scores import CLASS_NAMES, AucTable, Scores, auc_table, scores, targets
-from analysis.scan_folder import FEATURES_PER_GROUP, PHONE_FILES, Scan
+from analysis.scan_folder import FEATURES_PER_GROUP, PHONE_FILES, Scan, remove
 from cache.errors import HearsaeError
 from cache.location import Location, arrow_input, location, put
 from cache.store import ActivationStore
@@ -100,7 +100,7 @@ def _in_this_process(store: ActivationStore, site: str) -> ReduceShards:
 
 def write(counts: PhoneCounts, table: AucTable, sought: Targets, details: PhoneDetails, out: Location) -> None:
     """Writes the four files, each atomically, phone_scores.parquet last. Raises StoreError if the place is full or read-only."""
-    remove(out)
+    remove(out, PHONE_FILES[::-1])  # without phone_scores.parquet there are none
     phones = table.names[: table.n_phones]
     put(out / COUNTS, _counts_file(counts, phones))
     put(out / RANGE_COUNTS, _grouped(_range_table(details, sought, phones)))
@@ -108,15 +108,6 @@ def write(counts: PhoneCounts, table: AucTable, sought: Targets, details: PhoneD
     sink = pa.BufferOutputStream()
     pq.write_table(score_table(scores(table, sought, details), phones), sink, compression="zstd")
     put(out / SCORES, memoryview(sink.getvalue()))
-
-
-def remove(out: Location) -> None:
-    """Takes an earlier scan's phones out of a folder, phone_scores.parquet first: without it there are none."""
-    try:
-        for name in reversed(PHONE_FILES):
-            (out / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise HearsaeError(f"can't write {out}: {error.strerror}") from error
 
 
 def score_table(found: Scores, phones: tuple[str, ...]) -> pa.Table:

@@ -6,11 +6,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.scan_folder import Scan
+from analysis.scan_folder import PHONE_FILES, Scan
 from cache.errors import HearsaeError
 from cache.location import arrow_input
 
-AUC = "phone_auc.parquet"
+_, _, AUC, _ = PHONE_FILES
 
 
 def has_phone_table(scan: Scan) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from analysis.grid import HIGHEST_OCTAVE, LOWEST_OCTAVE
+from analysis.kernels import by_feature
 from analysis.phone_labels import FRAME_US
 
 SUB_BINS = 4
@@ -215,19 +216,7 @@ def detail_sparse(
     """The same for sparse rows. A feature without an entry in the block adds nothing."""
     features, rows = len(phone), len(label)
     groups = detected.shape[1]
-    begin = np.zeros(features + 1, np.int64)
-    for entry in range(len(latent)):
-        begin[latent[entry] + 1] += 1
-    for f in range(features):
-        begin[f + 1] += begin[f]
-    place = begin[:-1].copy()
-    row_of = np.empty(len(latent), np.int32)
-    value_of = np.empty(len(latent), np.float32)
-    for row in range(rows):
-        for entry in range(start[row], start[row + 1]):
-            at = place[latent[entry]]
-            row_of[at], value_of[at] = row, value[entry]
-            place[latent[entry]] += 1
+    begin, row_of, value_of = by_feature(start, latent, value, features)
     column = np.zeros(rows, np.float32)
     for f in range(features):
         if phone[f] < 0 or begin[f] == begin[f + 1]:

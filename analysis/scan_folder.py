@@ -139,9 +139,14 @@ def refuse_other_folder(out: Location) -> None:
 
 
 def forget_scan(out: Location) -> None:
-    """Makes a folder no scan any more, until another one has been written."""
+    """Makes a folder no scan any more, until another one has been written; an earlier one's phones are gone."""
+    remove(out, (SCAN, *reversed(PHONE_FILES)))
+
+
+def remove(out: Location, names: Sequence[str]) -> None:
+    """Takes files out of a folder, in this order. Raises HearsaeError where that is not allowed."""
     try:
-        for name in (SCAN, *reversed(PHONE_FILES)):
+        for name in names:
             (out / name).unlink(missing_ok=True)
     except OSError as error:
         raise HearsaeError(f"can't write {out}: {error.strerror}") from error

@@ -15,7 +15,7 @@ from conftest import asset, fill_store, plan_of
 from scan_twin import SITE, save_sae
 
 from analysis.arpabet import CLASSES, MANNERS, PHONES, manner
-from analysis.evidence import PhoneEvidence, measure, remove
+from analysis.evidence import PhoneEvidence, measure
 from analysis.features import Neurons, open_features
 from analysis.phone_counts import count_shard, merge_counts
 from analysis.phone_details import detail_shard, merge_details
@@ -26,7 +26,7 @@ from analysis.phone_scores import auc_table, jackknife, leave_one_out, polyseman
 from analysis.phone_table import stretches
 from analysis.phones import label_frames, phone_auc, read_alignments
 from analysis.scan import Scan, ScanOptions, scan
-from analysis.scan_folder import PHONE_FILES
+from analysis.scan_folder import PHONE_FILES, remove
 from cache.errors import HearsaeError
 from cache.plan import SourceItem, make_plan
 from cache.store import ActivationStore
@@ -288,7 +288,7 @@ def test_a_scan_without_phones_says_so(scanned, tmp_path):
     other.mkdir()
     for path in scanned.path.iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    remove(other)
+    remove(other, PHONE_FILES)
     assert not PhoneEvidence.exists(Scan.open(other)) and PhoneEvidence.exists(scanned)
     with pytest.raises(HearsaeError, match=r"has no phones: run 'hearsae align' on its store, then 'hearsae scan' again"):
         PhoneEvidence.open(Scan.open(other))

@@ -231,7 +231,9 @@ def test_what_a_worker_refuses_is_one_line_at_once(played, root):
 def test_too_many_failures_are_one_line(played, root):
     line = played["scene_too_many_failures"]
     # Ray may notice the dead worker first, or the other worker its closed connection.
-    assert re.match(r"training workers failed 1 times \(--max-failures 0\), at last with: (The actor is dead|.*Connection (closed|reset) by peer)", line)
+    assert re.match(
+        r"training workers failed 1 times \(--max-failures 0\), at last with: (The actor is dead|.*Connection (closed|reset) by peer)", line
+    )
     assert "goes on from the last checkpoint" in line and "\n" not in line
     assert (root / "failures" / "checkpoint.safetensors").exists()
 
