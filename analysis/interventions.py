@@ -1,11 +1,12 @@
-"""Interventions on a Whisper: what changes when encoder positions may look less far, or when a part of the encoder's output goes missing.
+"""Interventions on a Whisper: what changes when encoder positions may look less far, when what a site gives is another, or when a part of the
+encoder's output goes missing.
 
 Each works on any openai-whisper model, on one model object at a time, and leaves it as it was. The experiments are those of the blog post
 "Interpreting Whisper" (2023).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -53,19 +54,22 @@ class _Band:
 
 
 @contextmanager
-def limit_attention(model: nn.Module, k: int) -> Iterator[None]:
-    """While it lasts, every encoder position attends to itself and to at most k positions on either side, in every block.
+def limit_attention(model: nn.Module, k: int, blocks: Collection[int] | None = None) -> Iterator[None]:
+    """While it lasts, every encoder position attends to itself and to at most k positions on either side, in every block, or in `blocks`.
 
     Exact; the smallest of nested limits holds, and a k that reaches everywhere changes nothing at all. What is outside a position's reach
     in one block can still arrive in a later one: over n blocks information travels n * k positions.
 
     model: a Whisper, or a module with its `encoder`. Only this object is changed, and it is restored however the context is left.
-    Raises HearsaeError for a negative k.
+    Raises HearsaeError for a negative k and a block that is not there.
     """
     if k < 0:
         raise HearsaeError(f"a window of {k} frames is impossible: k must be at least 0")
     encoder: AudioEncoder = model.get_submodule("encoder")
-    modules = [block.attn for block in encoder.blocks]
+    for number in blocks or ():
+        if not 0 <= number < len(encoder.blocks):
+            raise HearsaeError(f"there is no encoder block {number}: this model has 0 to {len(encoder.blocks) - 1}")
+    modules = [block.attn for number, block in enumerate(encoder.blocks) if blocks is None or number in blocks]
     n = encoder.positional_embedding.shape[0]
     before = [vars(module).get("qkv_attention") for module in modules]
     if k < n - 1:
@@ -81,6 +85,31 @@ def limit_attention(model: nn.Module, k: int) -> Iterator[None]:
             vars(module).pop("qkv_attention", None)  # uncovers the method of the class
             if outer is not None:
                 module.qkv_attention = outer
+
+
+# Sites
+
+
+@contextmanager
+def edit_site(model: nn.Module, site: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While it lasts, `change` of what a site gives takes its place in all that is computed from it.
+
+    site: a module's name, as `cache.sites` spells it. change: [batch, positions, width] -> the same shape; it must not write into its argument.
+    Edits compose: of several at one site each gets what the one before it made. Only this model object is changed, and it is restored however
+    the context is left. Raises HearsaeError for a site that is not there.
+    """
+
+    def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    try:
+        handle = model.get_submodule(site).register_forward_hook(hook)
+    except AttributeError:
+        raise HearsaeError(f"this model has no site '{site}'") from None
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 # Encoder output
@@ -117,9 +146,9 @@ def chop(encoded: Tensor, start: int, stop: int, padding: Tensor) -> Tensor:
 # Decoding
 
 
-def transcribe_encoded(model: Whisper, encoded: Tensor | Sequence[Tensor], batch: int = DECODE_BATCH) -> list[str]:
-    """The texts that Whisper's own greedy decoder gives for encoder outputs [n, n_audio_ctx, d], in English, without timestamps."""
-    options = whisper.DecodingOptions(without_timestamps=True, fp16=False, language="en")
+def transcribe_encoded(model: Whisper, encoded: Tensor | Sequence[Tensor], batch: int = DECODE_BATCH, language: str = "en") -> list[str]:
+    """The texts that Whisper's own greedy decoder gives for encoder outputs [n, n_audio_ctx, d], in `language`, without timestamps."""
+    options = whisper.DecodingOptions(without_timestamps=True, fp16=False, language=language)
     texts: list[str] = []
     for first in range(0, len(encoded), batch):
         part = encoded[first : first + batch]

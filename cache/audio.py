@@ -27,6 +27,7 @@ from cache.store import ActivationStore
 READABLE_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".sph")
 UNREADABLE_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".wma")
 """Audio that libsndfile can't decode: named among the skipped, not passed over."""
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text")
 SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 LANGUAGE_COLUMNS = ("language", "lang", "locale")
@@ -49,7 +50,8 @@ class Source(Protocol):
 
 
 def open_source(spec: str, split: str | None = None, subset: str | None = None, streaming: bool = False) -> Source:
-    """Opens what `--dataset` names: `micro`, a folder of audio, one saved by `datasets`, a `.jsonl` manifest, a `.parquet` file, a hub dataset.
+    """Opens what `--dataset` names: `micro`, a folder of audio, one audio file, a folder saved by `datasets`, a `.jsonl` manifest, a `.parquet` file,
+    a hub dataset.
 
     `micro` is the speech that comes with hearsae, also where there is a folder of that name: `./micro` is the folder.
     Raises SourceError if there is nothing of the kind.
@@ -65,8 +67,10 @@ def open_source(spec: str, split: str | None = None, subset: str | None = None, 
         return Manifest(path)
     if path.is_dir() and not (path / "state.json").exists() and not (path / "dataset_dict.json").exists():
         return AudioFolder(path, split)
+    if path.is_file() and path.suffix.lower() in READABLE_SUFFIXES + UNREADABLE_SUFFIXES:
+        return AudioFile(path)
     if path.is_file() and path.suffix != ".parquet":
-        raise SourceError(f"{spec} is neither a folder, a .jsonl manifest nor a .parquet file")
+        raise SourceError(f"{spec} is neither a folder, an audio file, a .jsonl manifest nor a .parquet file")
     if not path.exists() and (path.is_absolute() or spec.startswith(".") or spec.count("/") > 1):
         raise SourceError(f"there is no dataset at {spec} (--dataset {micro.NAME} comes with hearsae)")
     return HubDataset(spec, split, subset, streaming)
@@ -78,6 +82,8 @@ def _open_remote(spec: str, split: str | None, subset: str | None, streaming: bo
         return Manifest(path)
     if path.suffix == ".parquet":
         return HubDataset(spec, split, subset, streaming)
+    if path.suffix.lower() in READABLE_SUFFIXES + UNREADABLE_SUFFIXES and path.is_file():
+        return AudioFile(path)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         raise SourceError(f"{spec} was saved by `datasets`, which hearsae reads from local disks only: copy it, or write it as .parquet")
     return AudioFolder(path, split)
@@ -88,6 +94,8 @@ def reopen_source(description: dict[str, Any]) -> Source:
     kind, values = description.get("kind"), {key: value for key, value in description.items() if key != "kind"}
     if kind == "micro":
         return MicroSpeech(**values)
+    if kind == "audiofile":
+        return AudioFile(location(values["path"]))
     if kind == "audiofolder":
         return AudioFolder(location(values["root"]), values["split"])
     if kind == "manifest":
@@ -165,7 +173,7 @@ class AudioFolder:
             path = PurePosixPath(self.split or "", name)
             if path.suffix.lower() in READABLE_SUFFIXES + UNREADABLE_SUFFIXES:
                 files.add(path.as_posix())
-            elif path.name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+            elif path.name in METADATA:
                 for row in _metadata_rows(top / name):
                     metadata[(path.parent / str(row.pop("file_name"))).as_posix()] = row
         return files, metadata
@@ -194,6 +202,26 @@ class MicroSpeech(AudioFolder):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "micro", "split": self.split, "sha256": self.sha256}
+
+
+class AudioFile(AudioFolder):
+    """One audio file. What the metadata beside it says of it is known too."""
+
+    def __init__(self, path: Location) -> None:
+        super().__init__(path.parent)
+        self.name = path.name
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "audiofile", "path": str(self.root.resolve() / self.name)}
+
+    def _scan(self) -> tuple[set[str], dict[str, dict[str, Any]]]:
+        metadata: dict[str, dict[str, Any]] = {}
+        for table in METADATA:
+            if (self.root / table).is_file():
+                metadata |= {row["file_name"]: row for row in _metadata_rows(self.root / table) if row["file_name"] == self.name}
+        for row in metadata.values():
+            del row["file_name"]
+        return {self.name}, metadata
 
 
 def _metadata_rows(path: Location) -> Iterator[dict[str, Any]]:

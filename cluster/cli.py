@@ -31,9 +31,14 @@ COMMANDS = {
     "push": ("Push", "upload a trained SAE with a model card to the Hugging Face Hub, or a folder"),
     "pull": ("Pull", "download an SAE from there"),
     "explore": ("Explore", "write scans as a page to look at and listen to, or serve it and hear sound live"),
+    "experiment": ("", "the published experiments on a Whisper, each with its report"),
     "submit": ("Submit", "run any of these as a job on a Ray cluster"),
     "jobs": ("Jobs", "list the jobs of a Ray cluster; status, logs, stop"),
 }
+EXPERIMENTS = {
+    "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
+}
+"""What `hearsae experiment` takes next."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,13 +53,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         print(f"hearsae: there is no command '{arguments[0]}'; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return _run(arguments[0], arguments[1:])
+    if arguments[0] != "experiment":
+        return _run(arguments[0], arguments[1:])
+    if len(arguments) < 2 or arguments[1] in ("-h", "--help", "help"):
+        print(_experiments_help())
+        return 0 if len(arguments) > 1 else 2
+    if arguments[1] not in EXPERIMENTS:
+        print(f"hearsae: there is no experiment '{arguments[1]}'; the experiments are: {', '.join(EXPERIMENTS)}", file=sys.stderr)
+        return 2
+    return _run(f"experiment {arguments[1]}", arguments[2:])
 
 
 def _help() -> str:
-    lines = [f"  {name:9} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
     head = ["usage: hearsae COMMAND [options]", "", "What a speech model has learnt.", "", "commands:"]
     return "\n".join([*head, *lines, "", "hearsae COMMAND --help shows its options."])
+
+
+def _experiments_help() -> str:
+    lines = [f"  {name:10} {what}" for name, (_, what) in EXPERIMENTS.items()]
+    head = ["usage: hearsae experiment NAME [options]", "", "The published experiments, on any Whisper and any speech. Each writes a report.", ""]
+    return "\n".join([*head, "experiments:", *lines, "", "hearsae experiment NAME --help shows its options."])
+
+
+def _command_class(name: str) -> Any:
+    of, _, experiment = name.partition(" ")
+    if experiment:
+        return getattr(import_module(f"cluster.commands.experiments.{experiment}"), EXPERIMENTS[experiment][0])
+    return getattr(import_module(f"cluster.commands.{of}{'_' * iskeyword(of)}"), COMMANDS[of][0])
 
 
 def parse(name: str, arguments: Sequence[str]) -> Any:
@@ -64,7 +90,7 @@ def parse(name: str, arguments: Sequence[str]) -> Any:
     """
     import tyro
 
-    command_class = getattr(import_module(f"cluster.commands.{name}{'_' * iskeyword(name)}"), COMMANDS[name][0])
+    command_class = _command_class(name)
     own, rest = list(arguments), None
     if hasattr(command_class, "command") and "--" in own:
         at = own.index("--")

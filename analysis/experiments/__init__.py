@@ -1,0 +1,1 @@
+"""The published experiments as functions, one module each, and the parts that they share."""
