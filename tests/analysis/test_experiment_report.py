@@ -46,7 +46,7 @@ def test_a_report_replaces_an_earlier_one_and_nothing_else(tmp_path):
 
 
 def test_errors_are_summed_over_a_set_and_case_and_punctuation_do_not_count():
-    errors = text_errors(["The cat sat.", "ONE TWO", ""], ["the cat sat", "one three four", "thank you"])
+    errors = text_errors(["The cat sat.", "RED FISH", ""], ["the cat sat", "red dog house", "thank you"])
     assert (errors.words, errors.substitutions, errors.deletions, errors.insertions) == (5, 1, 0, 3)
     assert errors.wer == 4 / 5
     assert text_errors(["abc"], ["abd"]).cer == 1 / 3
