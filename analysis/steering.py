@@ -27,6 +27,8 @@ from sae.models import Dictionary, load_dictionary
 
 KINDS = "neurons:SITE, sae:DIR or random:SITE"
 How = Literal["scale", "set", "add", "clamp"]
+ChangeRows = Callable[[Tensor], Tensor]
+"""Rows [rows, d] of a site -> the rows that take their place; the very same tensor where none changes. It must not write into its argument."""
 
 
 class Edit(NamedTuple):
@@ -160,18 +162,18 @@ def steering(model: nn.Module, steerable: Steerable, edits: Sequence[Edit], span
     Raises HearsaeError for features that are not there, an edit that can't be, and spans of a site whose rows are tokens: Whisper decodes them
     one by one, so a position's number is not known there. While it lasts, a batch that is not one of len(spans) clips raises it too.
     """
-    check_edits(steerable, edits)
+    change = edit_rows(steerable, edits)
     if spans is not None and steerable.axis != "frame":
         raise HearsaeError(f"{steerable.site} has tokens, not frames: edits hold at all of them, not in stretches of time")
     for start, stop in spans or ():
         if not 0 <= start <= stop:
             raise HearsaeError(f"frames {start}:{stop} are no stretch of time")
-    with edit_site(model, steerable.site, _change(steerable, edits, spans)):
+    with edit_site(model, steerable.site, at_positions(change, spans)):
         yield
 
 
-def check_edits(steerable: Steerable, edits: Sequence[Edit]) -> None:
-    """Raises HearsaeError for features that are not there, an unknown kind of edit, and an amount that is not finite."""
+def edit_rows(steerable: Steerable, edits: Sequence[Edit]) -> ChangeRows:
+    """What the edits make of rows. Raises HearsaeError for features that are not there, an unknown kind of edit, and an amount that is not finite."""
     for edit in edits:
         if edit.how not in get_args(How):
             raise HearsaeError(f"features can't be edited by '{edit.how}': use {', '.join(get_args(How))}")
@@ -180,6 +182,20 @@ def check_edits(steerable: Steerable, edits: Sequence[Edit]) -> None:
         for feature in edit.features:
             if not 0 <= feature < steerable.count:
                 raise HearsaeError(f"there is no feature {feature}: {steerable.spec} has 0 to {steerable.count - 1}")
+    features = list(dict.fromkeys(feature for edit in edits for feature in edit.features))
+    directions = steerable.directions(features)
+
+    def change(rows: Tensor) -> Tensor:
+        values = steerable.values(rows, features)
+        delta = edited(values, features, edits) - values
+        moved = (delta != 0).any(1)
+        if not moved.any():
+            return rows
+        out = rows.clone()
+        out[moved] += (delta[moved] @ directions).to(rows.dtype)
+        return out
+
+    return change
 
 
 def edited(values: Tensor, features: Sequence[int], edits: Sequence[Edit]) -> Tensor:
@@ -199,25 +215,26 @@ def edited(values: Tensor, features: Sequence[int], edits: Sequence[Edit]) -> Te
     return out
 
 
-def _change(steerable: Steerable, edits: Sequence[Edit], spans: Sequence[tuple[int, int]] | None) -> Callable[[Tensor], Tensor]:
-    """For `edit_site`."""
-    features = list(dict.fromkeys(feature for edit in edits for feature in edit.features))
-    directions = steerable.directions(features)
+def at_positions(change: ChangeRows, spans: Sequence[tuple[int, int]] | None) -> Callable[[Tensor], Tensor]:
+    """For `edit_site`: `change` of the rows in each clip's frames [start, stop), or of all (None). What it gives back as it was stays the same
+    tensor. While in force, raises HearsaeError for a batch of another number of clips, and for frames beyond the window."""
 
-    def change(x: Tensor) -> Tensor:
-        where = None if spans is None else _within(x, spans)
-        rows = x.flatten(0, 1) if where is None else x[where]
-        values = steerable.values(rows, features)
-        delta = edited(values, features, edits) - values
-        moved = (delta != 0).any(1)
-        if not moved.any():
+    def change_site(x: Tensor) -> Tensor:
+        """[batch, positions, d] -> the same shape."""
+        if spans is None:
+            rows = x.flatten(0, 1)
+            changed = change(rows)
+            return x if changed is rows else changed.view(x.shape)
+        where = _within(x, spans)
+        rows = x[where]
+        changed = change(rows)
+        if changed is rows:
             return x
-        at = moved.view(x.shape[:2]) if where is None else where.masked_scatter(where, moved)
         out = x.clone()
-        out[at] += (delta[moved] @ directions).to(x.dtype)
+        out[where] = changed
         return out
 
-    return change
+    return change_site
 
 
 def _within(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
