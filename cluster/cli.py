@@ -37,6 +37,8 @@ COMMANDS = {
 }
 EXPERIMENTS = {
     "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
+    "steer": ("Steer", "what is written when features are scaled, set, added to or limited"),
+    "ablate": ("Ablate", "what is lost without features, or without a site; a ranking of features"),
 }
 """What `hearsae experiment` takes next."""
 
