@@ -103,8 +103,8 @@ def steer(
         f"were {MEANING[how]} {', '.join(f'{amount:g}' for amount in amounts)}, {summary['where']}; what else is in a row stays, also what an SAE "
         f"does not reconstruct. {explained(loaded)}\n\nControls, at the same places: {controls} sets of random features that are as active in this "
         f"speech as others can be, edited in the same way (means over the sets; mean |value| {summary['mean_abs']:.3g} of the features, "
-        f"{sum(summary['control']['mean_abs']) / controls:.3g} of these), and every row moved as far as by the edit itself, along one random direction. An "
-        "edit that does no more than these has shown nothing about its features.",
+        f"{sum(summary['control']['mean_abs']) / controls:.3g} of these), and every row moved as far as by the edit itself, along one random "
+        "direction. An edit that does no more than these has shown nothing about its features.",
         rows=rows,
         summary=summary,
         figures={"steering": bars(effects, summary["unchanged"])},
