@@ -37,6 +37,7 @@ COMMANDS = {
 }
 EXPERIMENTS = {
     "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
+    "chop": ("Chop", "where a word is: transcripts without some of the encoder's frames"),
 }
 """What `hearsae experiment` takes next."""
 
