@@ -22,7 +22,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     return float(a @ b / size) if len(a) > 2 and size > 0 else None
 
 
-def partial(a_b: float, a_c: float, b_c: float) -> float | None:
+def partial_correlation(a_b: float, a_c: float, b_c: float) -> float | None:
     """The correlation of a and b that is left when both are freed of what goes with c, from the three correlations."""
     rest = (1 - a_c**2) * (1 - b_c**2)
     return (a_b - a_c * b_c) / rest**0.5 if rest > 0 else None

@@ -10,8 +10,7 @@ import torch
 from analysis.experiments.bigrams import another, bigrams, compare, most_followed, next_logits
 from analysis.experiments.corpus import Bigrams, count_bigrams, runs
 from analysis.experiments.labels import drawn
-from analysis.experiments.ranks import partial as partial_correlation
-from analysis.experiments.ranks import spearman
+from analysis.experiments.ranks import partial_correlation, spearman
 from analysis.experiments.speech import Speech
 from analysis.experiments.tokens import encode, tokenizer_for, word_tokens
 from analysis.interventions import next_tokens, padding_output
