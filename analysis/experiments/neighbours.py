@@ -1,5 +1,6 @@
 """Words whose token embeddings are alike in the decoder: do they sound alike, or mean alike?"""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -153,8 +154,9 @@ def _embeddings(module: Any) -> np.ndarray:
 
 def _unique(weights: np.ndarray) -> np.ndarray:
     """bool [n]: whether no other row is the same. Tokens that are not in use may all have one embedding."""
-    _, which, counts = np.unique(weights, axis=0, return_inverse=True, return_counts=True)
-    return counts[which.ravel()] == 1
+    digests = [hash(row.tobytes()) for row in weights]
+    count = Counter(digests)
+    return np.array([count[digest] == 1 for digest in digests])
 
 
 def _part(vocabulary: Vocabulary, words: Sequence[str]) -> Vocabulary:

@@ -75,6 +75,22 @@ def test_without_all_frames_nothing_is_left_and_without_those_of_no_sound_everyt
     assert beyond["rows"][0]["frames"] == [1000, 1500]
 
 
+def test_larger_and_multilingual_models_are_chopped_too(succeeds, tiny_whisper, tmp_path):
+    model = tiny_whisper(tmp_path / "large.pt", n_mels=128, n_vocab=51866, n_audio_state=48, n_text_state=48, n_audio_head=3, n_text_head=3)
+    arguments = ("--by", "time", "--start", "0.2", "--end", "0.6", "--language", "de", "--no-ray", "--out", tmp_path / "report")
+    result = succeeds("experiment", "chop", "--model", model, "--split", "test", "--limit", "2", *arguments)
+    assert [row["frames"] for row in result["rows"]] == [[10, 30]] * 2
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_on_ray_the_rows_are_the_same(succeeds, tmp_path):
+    arguments = ("experiment", "chop", "--split", "test", "--limit", "20", "--trials", "20", "--out", tmp_path / "report")
+    here, there = succeeds(*arguments, "--no-ray"), succeeds(*arguments, "--workers", "2")
+    assert len(here["rows"]) == 20
+    assert here["rows"] == there["rows"] and here["summary"] == there["summary"]
+
+
 # Where times come from
 
 
