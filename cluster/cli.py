@@ -36,6 +36,7 @@ COMMANDS = {
     "jobs": ("Jobs", "list the jobs of a Ray cluster; status, logs, stop"),
 }
 EXPERIMENTS = {
+    "post": ("Post", 'the whole of "Interpreting Whisper", section by section, in one report'),
     "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
 }
 """What `hearsae experiment` takes next."""

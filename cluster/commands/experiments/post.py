@@ -1,0 +1,180 @@
+"""`hearsae experiment post`."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from analysis.experiments.phones import phone_report, polysemantic_report
+from analysis.experiments.report import PAGE, RECORD, Report, check_folder, fill, page, report_folder, section
+from analysis.experiments.window import window
+from analysis.explorer.export import export
+from analysis.scan import Scan, ScanOptions
+from cache import micro
+from cache.capture import CaptureConfig
+from cache.errors import HearsaeError
+from cache.store import ActivationStore
+from cache.timings import has_timings
+from cluster.commands.align import Align
+from cluster.commands.cache import run_capture
+from cluster.commands.experiments import Experiment
+from cluster.commands.scan import run_scan
+from cluster.pipeline import PoolOptions
+from cluster.workers import session
+from sae.train import train
+from sae.train_config import TrainConfig
+
+FRAGMENT = "section.html"
+"""A finished section's part of the page, in its folder."""
+EXPLORER = "explorer"
+SETTINGS = ("dataset", "split", "limit", "model", "site", "neurons", "d_sae", "k", "rows", "seed")
+"""What makes a report another one; the rest says how and where it is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Post(Experiment):
+    """The whole of "Interpreting Whisper", section by section, into one report page. The same command again goes on where it was left."""
+
+    NAME = "post"
+
+    site: str = "encoder.blocks.2"
+    """The residual stream in which features are looked for."""
+    neurons: str = "encoder.blocks.2.mlp.1"
+    """The MLP neurons that are looked at."""
+    d_sae: int | None = None
+    """Latents of the SAE; default: eight for each dimension."""
+    k: int = 32
+    """Latents kept a row, on average."""
+    rows: int = 1_000_000
+    """Rows to train the SAE on."""
+    seed: int = 0
+    """Of the SAE, the random bases and the trials."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path(f"hearsae-{self.NAME}")
+
+    def run(self) -> dict[str, Any]:
+        begin = time.perf_counter()
+        self._claim()
+        self.check()
+        done: dict[str, dict[str, Any]] = {}
+        with session(self):
+            for name, (heading, make) in self._sections().items():
+                self._say(f"{heading} ...")
+                done[name] = self._section(name, heading, make)
+                for line in done[name]["lines"]:
+                    self._say(f"  {line}")
+                self._write_page()
+        failed = {name: one["reason"] for name, one in done.items() if "reason" in one}
+        numbers = {"dir": str(self.folder), "index": str((self.folder / PAGE).resolve()), "seconds": time.perf_counter() - begin}
+        summary = {name: one["summary"] for name, one in done.items() if "summary" in one}
+        return {"rows": [], "summary": summary, "not_run": failed, "lines": [], **numbers}
+
+    def summary(self, result: dict[str, Any]) -> str:
+        return f"{len(result['summary'])} sections in {result['seconds']:.0f} s; the report: {result['index']}"
+
+    # The sections
+
+    def _sections(self) -> dict[str, tuple[str, Callable[[], Report]]]:
+        """Folder -> (heading, what makes it), in the order of the post."""
+        return {
+            "window": ("The encoder needs little context: a window on its attention", self._window),
+            "neurons": ("MLP neurons follow phones", self._neurons),
+            "latents": ("Features of the residual stream: a sparse autoencoder", self._latents),
+            "polysemantic": ("What looks like one phone at its maximum is often polysemantic below", self._polysemantic),
+        }
+
+    def _window(self) -> Report:
+        return window(self.speech, self.model, device=self.device, map_pieces=self.map_pieces)
+
+    def _neurons(self) -> Report:
+        scan = self._scan("neurons", f"neurons:{self.neurons}")
+        return phone_report("MLP neurons", "neurons", scan, {"random directions": self._scan("neurons-random", f"random:{self.neurons}")})
+
+    def _latents(self) -> Report:
+        scan = self._scan("latents", f"sae:{self._sae}")
+        return phone_report("SAE latents", "latents", scan, {"random directions": self._scan("latents-random", f"random:{self.site}")})
+
+    def _polysemantic(self) -> Report:
+        scan, control = self._scan("neurons", f"neurons:{self.neurons}"), self._scan("neurons-random", f"random:{self.neurons}")
+        export([self._made / "neurons", self._made / "latents"], self.folder / EXPLORER)
+        return polysemantic_report("Polysemanticity", "neurons", scan, control)
+
+    # What the sections are made from
+
+    @property
+    def _made(self) -> Path:
+        return self.folder / "made"
+
+    @cached_property
+    def _store(self) -> ActivationStore:
+        config = CaptureConfig(
+            dataset=self.dataset, split=self.split, limit=self.limit, model=self.model, sites=(self.site, self.neurons), device=self.device,
+            out=self._made / "speech.zarr",
+        )  # fmt: skip
+        run_capture(config, PoolOptions(self.address, self.no_ray, self.workers, self.gpus_per_worker))
+        store = ActivationStore.open(config.out)
+        if not has_timings(store):
+            known = (micro.NAME,) if self.dataset == micro.NAME else ()
+            Align(store=store.path, import_=known, no_ray=self.no_ray, address=self.address, workers=self.workers).run()
+        return store
+
+    @cached_property
+    def _sae(self) -> Path:
+        out = self._made / "sae"
+        d_sae = self.d_sae or 8 * self._store.sites[self.site]["width"]
+        config = TrainConfig(store=(self._store.path,), site=(self.site,), out=out, d_sae=(d_sae,), k=(self.k,), rows=self.rows, quiet=True)
+        train(replace(config, seed=(self.seed,)))
+        return out
+
+    def _scan(self, name: str, spec: str) -> Scan:
+        out = self._made / name
+        try:
+            return Scan.open(out)
+        except HearsaeError:
+            run_scan(self._store.path, spec, out, ScanOptions(seed=self.seed), self)
+            return Scan.open(out)
+
+    # The page
+
+    def _claim(self) -> None:
+        """Makes the folder ours. Raises HearsaeError where it holds other things, or a report of other settings."""
+        asked = {name: asdict(self)[name] for name in SETTINGS}
+        check_folder(self.folder)
+        record = self.folder / RECORD
+        if record.is_file():
+            found = json.loads(record.read_bytes()).get("settings", {})
+            other = [f"--{name.replace('_', '-')} {found.get(name)}" for name in SETTINGS if found.get(name) != asked[name]]
+            if other:
+                raise HearsaeError(f"{self.folder} holds a report made with {', '.join(other)}: choose another --out, or give the same")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps({"experiment": "Interpreting Whisper", "settings": asked}), encoding="utf-8")
+
+    def _section(self, name: str, heading: str, make: Callable[[], Report]) -> dict[str, Any]:
+        """Makes a section unless it is there. What can't be made here, because the model or the data lack something, says so instead."""
+        folder = self.folder / name
+        if (folder / FRAGMENT).is_file():
+            return {"summary": json.loads((folder / RECORD).read_bytes())["summary"], "lines": ["is there already"]}
+        try:
+            report = make()
+        except HearsaeError as error:
+            return {"reason": str(error), "lines": [f"not run: {error}"]}
+        with report_folder(folder) as staging:
+            fill(report, staging, asdict(self))
+            (staging / FRAGMENT).write_text(section(report, name, heading), encoding="utf-8")
+        return {"summary": report.summary, "lines": list(report.lines)}
+
+    def _write_page(self) -> None:
+        parts = [f.read_text(encoding="utf-8") for name in self._sections() if (f := self.folder / name / FRAGMENT).is_file()]
+        if (self.folder / EXPLORER / PAGE).is_file():
+            parts.append(f'<p><a href="{EXPLORER}/{PAGE}">Look at and listen to every neuron and latent</a></p>')
+        (self.folder / PAGE).write_text(page(f"Interpreting Whisper: {self.model} on {self.dataset}", parts), encoding="utf-8")
+
+    def _say(self, line: str) -> None:
+        if not self.json:
+            print(line, file=sys.stderr, flush=True)
