@@ -54,10 +54,6 @@ class Post(Experiment):
     seed: int = 0
     """Of the SAE, the random bases and the trials."""
 
-    @property
-    def folder(self) -> Path:
-        return self.out or Path(f"hearsae-{self.NAME}")
-
     def run(self) -> dict[str, Any]:
         begin = time.perf_counter()
         self._claim()
