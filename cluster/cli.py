@@ -39,6 +39,7 @@ EXPERIMENTS = {
     "post": ("Post", 'the whole of "Interpreting Whisper", section by section, in one report'),
     "attention": ("Attention", "how local the encoder's attention is, and which positions an output comes from"),
     "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
+    "chop": ("Chop", "where a word is: transcripts without some of the encoder's frames"),
 }
 """What `hearsae experiment` takes next."""
 
