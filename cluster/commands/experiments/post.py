@@ -3,15 +3,19 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from analysis.experiments.attention import attention
+from analysis.experiments.chop import chop
 from analysis.experiments.phones import phone_report, polysemantic_report
 from analysis.experiments.report import PAGE, RECORD, Report, check_folder, fill, page, report_folder, section
 from analysis.experiments.window import window
+from analysis.experiments.word_times import StoredSpeech
 from analysis.explorer.export import export
 from analysis.scan import Scan, ScanOptions
 from cache import micro
@@ -31,7 +35,9 @@ from sae.train_config import TrainConfig
 FRAGMENT = "section.html"
 """A finished section's part of the page, in its folder."""
 EXPLORER = "explorer"
-SETTINGS = ("dataset", "split", "limit", "model", "site", "neurons", "d_sae", "k", "rows", "seed")
+MARGINS = (0, 2, 4)
+"""Frames that are chopped with a word on either side."""
+SETTINGS = ("dataset", "split", "limit", "model", "site", "neurons", "d_sae", "k", "rows", "attention_clips", "trials", "seed")
 """What makes a report another one; the rest says how and where it is made."""
 
 
@@ -51,6 +57,10 @@ class Post(Experiment):
     """Latents kept a row, on average."""
     rows: int = 1_000_000
     """Rows to train the SAE on."""
+    attention_clips: int = 24
+    """Clips whose attention is measured: the first ones. Relevance needs gradients, and the control the same again."""
+    trials: int = 200
+    """Words that are chopped, drawn from all."""
     seed: int = 0
     """Of the SAE, the random bases and the trials."""
 
@@ -65,7 +75,7 @@ class Post(Experiment):
                 done[name] = self._section(name, heading, make)
                 for line in done[name]["lines"]:
                     self._say(f"  {line}")
-                self._write_page()
+                self._write_page(done)
         failed = {name: one["reason"] for name, one in done.items() if "reason" in one}
         numbers = {"dir": str(self.folder), "index": str((self.folder / PAGE).resolve()), "seconds": time.perf_counter() - begin}
         summary = {name: one["summary"] for name, one in done.items() if "summary" in one}
@@ -79,11 +89,21 @@ class Post(Experiment):
     def _sections(self) -> dict[str, tuple[str, Callable[[], Report]]]:
         """Folder -> (heading, what makes it), in the order of the post."""
         return {
+            "attention": ("The encoder looks close by", self._attention),
             "window": ("The encoder needs little context: a window on its attention", self._window),
+            "chop": ("A word is where it is said: chopping it out of the encoder's output", self._chop),
             "neurons": ("MLP neurons follow phones", self._neurons),
             "latents": ("Features of the residual stream: a sparse autoencoder", self._latents),
             "polysemantic": ("What looks like one phone at its maximum is often polysemantic below", self._polysemantic),
         }
+
+    def _attention(self) -> Report:
+        few = replace(self.speech, limit=min(self.attention_clips, self.limit or self.attention_clips))
+        return attention(few, self.model, control_seed=self.seed, device=self.device, map_pieces=self.map_pieces)
+
+    def _chop(self) -> Report:
+        said = StoredSpeech(str(self._store.path))
+        return chop(said, self.model, margins=MARGINS, trials=self.trials, seed=self.seed, device=self.device, map_pieces=self.map_pieces)
 
     def _window(self) -> Report:
         return window(self.speech, self.model, device=self.device, map_pieces=self.map_pieces)
@@ -98,7 +118,7 @@ class Post(Experiment):
 
     def _polysemantic(self) -> Report:
         scan, control = self._scan("neurons", f"neurons:{self.neurons}"), self._scan("neurons-random", f"random:{self.neurons}")
-        export([self._made / "neurons", self._made / "latents"], self.folder / EXPLORER)
+        export([self._made / name for name in ("neurons", "latents") if (self._made / name).is_dir()], self.folder / EXPLORER)
         return polysemantic_report("Polysemanticity", "neurons", scan, control)
 
     # What the sections are made from
@@ -125,7 +145,8 @@ class Post(Experiment):
         out = self._made / "sae"
         d_sae = self.d_sae or 8 * self._store.sites[self.site]["width"]
         config = TrainConfig(store=(self._store.path,), site=(self.site,), out=out, d_sae=(d_sae,), k=(self.k,), rows=self.rows, quiet=True)
-        train(replace(config, seed=(self.seed,)))
+        batch = min(config.batch, self._store.totals(self.site).rows)  # of a few clips
+        train(replace(config, seed=(self.seed,), batch=batch))
         return out
 
     def _scan(self, name: str, spec: str) -> Scan:
@@ -165,8 +186,14 @@ class Post(Experiment):
             (staging / FRAGMENT).write_text(section(report, name, heading), encoding="utf-8")
         return {"summary": report.summary, "lines": list(report.lines)}
 
-    def _write_page(self) -> None:
-        parts = [f.read_text(encoding="utf-8") for name in self._sections() if (f := self.folder / name / FRAGMENT).is_file()]
+    def _write_page(self, done: Mapping[str, Mapping[str, Any]]) -> None:
+        parts = []
+        for name, (heading, _) in self._sections().items():
+            fragment = self.folder / name / FRAGMENT
+            if fragment.is_file():
+                parts.append(fragment.read_text(encoding="utf-8"))
+            elif name in done:
+                parts.append(f"<h2>{escape(heading)}</h2><p>Not run: {escape(done[name]['reason'])}</p>")
         if (self.folder / EXPLORER / PAGE).is_file():
             parts.append(f'<p><a href="{EXPLORER}/{PAGE}">Look at and listen to every neuron and latent</a></p>')
         (self.folder / PAGE).write_text(page(f"Interpreting Whisper: {self.model} on {self.dataset}", parts), encoding="utf-8")
