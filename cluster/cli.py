@@ -40,6 +40,8 @@ EXPERIMENTS = {
     "attention": ("Attention", "how local the encoder's attention is, and which positions an output comes from"),
     "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
     "chop": ("Chop", "where a word is: transcripts without some of the encoder's frames"),
+    "bigrams": ("Bigrams", "what the decoder expects next when it hears nothing"),
+    "neighbours": ("Neighbours", "whether words with similar embeddings sound or mean alike"),
 }
 """What `hearsae experiment` takes next."""
 

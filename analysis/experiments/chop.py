@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from whisper.normalizers import BasicTextNormalizer
-from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
 from analysis.align import Interval
 from analysis.experiments.bootstrap import ratio_interval
 from analysis.experiments.chop_report import by_place_report, by_word_report
 from analysis.experiments.report import Report
 from analysis.experiments.speech import PIECE_CLIPS, Clip, Mapper, Speech, encode, in_this_process, whole_model
+from analysis.experiments.tokens import tokenizer_for
 from analysis.experiments.word_times import word_times
 from analysis.interventions import DECODE_BATCH, padding_output, transcribe_encoded, word_frames
 from analysis.interventions import chop as with_padding
@@ -104,7 +104,7 @@ def chop(
     word that can be looked for.
     """
     loaded = whole_model(model, device, "transcribing")
-    _check_language(language)
+    tokenizer_for(loaded.module, language)  # refuses what it does not know
     n_audio_ctx = loaded.dims.n_audio_ctx
     run: Run = partial(_transcripts, speech, model, device, language, map_pieces)
     if by != "word":
@@ -201,11 +201,6 @@ def _range(by: By, start: float | None, end: float | None, n_audio_ctx: int) -> 
         window = f"frames 0 to {n_audio_ctx}, seconds 0 to {n_audio_ctx * FRAME_SECONDS:g}"
         raise HearsaeError(f"--start {start:g} --end {end:g} is no range of the model's window: {window}")
     return first, last
-
-
-def _check_language(language: str) -> None:
-    if language.lower() not in LANGUAGES and language.lower() not in TO_LANGUAGE_CODE:
-        raise HearsaeError(f"Whisper does not know the language '{language}': give a code such as en, de, fr")
 
 
 # Transcripts
