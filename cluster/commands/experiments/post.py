@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.experiments.attention import attention
+from analysis.experiments.bigrams import bigrams
 from analysis.experiments.chop import chop
+from analysis.experiments.neighbours import neighbours
 from analysis.experiments.phones import phone_report, polysemantic_report
 from analysis.experiments.report import PAGE, RECORD, Report, check_folder, fill, page, report_folder, section
 from analysis.experiments.window import window
@@ -95,6 +97,8 @@ class Post(Experiment):
             "neurons": ("MLP neurons follow phones", self._neurons),
             "latents": ("Features of the residual stream: a sparse autoencoder", self._latents),
             "polysemantic": ("What looks like one phone at its maximum is often polysemantic below", self._polysemantic),
+            "bigrams": ("The decoder alone is a weak language model", self._bigrams),
+            "neighbours": ("Token embeddings: words that sound alike, words that mean alike", self._neighbours),
         }
 
     def _attention(self) -> Report:
@@ -120,6 +124,12 @@ class Post(Experiment):
         scan, control = self._scan("neurons", f"neurons:{self.neurons}"), self._scan("neurons-random", f"random:{self.neurons}")
         export([self._made / name for name in ("neurons", "latents") if (self._made / name).is_dir()], self.folder / EXPLORER)
         return polysemantic_report("Polysemanticity", "neurons", scan, control)
+
+    def _bigrams(self) -> Report:
+        return bigrams(self.speech, self.model, seed=self.seed, device=self.device, map_pieces=self.map_pieces)
+
+    def _neighbours(self) -> Report:
+        return neighbours(self.speech, self.model, seed=self.seed, device=self.device)
 
     # What the sections are made from
 
