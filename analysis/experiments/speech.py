@@ -111,17 +111,20 @@ def whole_model(name: str, device: str = "auto", what: str = "this experiment") 
     return model
 
 
-@torch.no_grad()
-def encode(model: LoadedModel, speech: Speech, clips: Sequence[Clip]) -> Tensor:
-    """The encoder's output for each clip, padded to the whole window: fp32 [clips, n_audio_ctx, d].
+def clip_mel(model: LoadedModel, speech: Speech, clip: Clip) -> Tensor:
+    """The log-mel of one clip, padded to the whole window: fp32 [n_mels, 2 * n_audio_ctx].
 
     Raises HearsaeError for a clip that is longer than the model's window, and SourceError for one that can't be read.
     """
     window_s = model.dims.n_audio_ctx * FRAME_SECONDS
-    outputs = []
+    if clip.duration_s > window_s:
+        raise HearsaeError(f"{clip.source} has a clip of {clip.duration_s:.1f} s, and {model.name} hears {window_s:.0f} s at once")
+    return log_mel(speech.read(clip), model)
+
+
+@torch.no_grad()
+def encode(model: LoadedModel, speech: Speech, clips: Sequence[Clip]) -> Tensor:
+    """The encoder's output for each clip, padded to the whole window: fp32 [clips, n_audio_ctx, d]. Raises what `clip_mel` does."""
+    encoder = model.module.get_submodule("encoder")
     with fast_matmul():
-        for clip in clips:
-            if clip.duration_s > window_s:
-                raise HearsaeError(f"{clip.source} has a clip of {clip.duration_s:.1f} s, and {model.name} hears {window_s:.0f} s at once")
-            outputs.append(model.module.get_submodule("encoder")(log_mel(speech.read(clip), model)[None])[0])
-    return torch.stack(outputs)
+        return torch.stack([encoder(clip_mel(model, speech, clip)[None])[0] for clip in clips])

@@ -40,6 +40,11 @@ class Experiment(Output, WorkerOptions):
         raise NotImplementedError
 
     @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        return self.out or Path(f"hearsae-{self.NAME}")
+
+    @property
     def speech(self) -> Speech:
         return Speech(self.dataset, self.split, self.limit)
 
@@ -49,7 +54,7 @@ class Experiment(Output, WorkerOptions):
 
     def run(self) -> dict[str, Any]:
         begin = time.perf_counter()
-        out = self.out or Path(f"hearsae-{self.NAME}")
+        out = self.folder
         check_folder(out)  # before there is work to lose
         self.check()
         report = self.report()

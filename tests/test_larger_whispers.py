@@ -1,0 +1,50 @@
+"""Every size of Whisper, by its own numbers of mel bins, blocks, tokens and languages; widths are small and weights random."""
+
+import pytest
+import torch
+
+from cache.capture import CaptureConfig, capture_in_process, prepare
+from cache.model import load_model
+from cache.store import ActivationStore
+
+SIZES = {
+    "tiny.en": {"n_vocab": 51864, "n_audio_layer": 4, "n_text_layer": 4},
+    "base": {"n_vocab": 51865, "n_audio_layer": 6, "n_text_layer": 6},
+    "small": {"n_vocab": 51865, "n_audio_layer": 12, "n_text_layer": 12},
+    "medium.en": {"n_vocab": 51864, "n_audio_layer": 24, "n_text_layer": 24},
+    "large-v2": {"n_vocab": 51865, "n_audio_layer": 32, "n_text_layer": 32},
+    "large-v3": {"n_vocab": 51866, "n_audio_layer": 32, "n_text_layer": 32, "n_mels": 128},
+    "turbo": {"n_vocab": 51866, "n_audio_layer": 32, "n_text_layer": 4, "n_mels": 128},
+}
+"""As openai-whisper publishes them, but for widths, heads and the length of a text, which are those of the fixture."""
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def checkpoint(request, tiny_whisper, tmp_path_factory):
+    return tiny_whisper(tmp_path_factory.mktemp(request.param) / "whisper.pt", n_text_ctx=16, **SIZES[request.param])
+
+
+def test_its_encoder_and_decoder_sites_are_captured(checkpoint, tmp_path):
+    model = load_model(str(checkpoint), "cpu")
+    sites = (f"encoder.blocks.{model.dims.n_audio_layer - 1}", f"decoder.blocks.{model.dims.n_text_layer - 1}.mlp.1")
+    config = CaptureConfig("micro", str(checkpoint), sites, tmp_path / "acts.zarr", split="test", limit=1)
+    prepared = prepare(config)
+    assert all(result.computed for result in capture_in_process(config, prepared.pending))
+    store = ActivationStore.open(config.out)
+    assert store.read_clip(sites[0], 0).shape == (store.clips["n_frames"][0].as_py(), 32)
+    assert store.read_clip(sites[1], 0).shape == (len(store.clips["tokens"][0].as_py()), 128)
+
+
+def test_experiments_take_it(checkpoint, succeeds, tmp_path):
+    speech = ["--model", checkpoint, "--split", "test", "--limit", "1", "--no-ray"]
+    windows = succeeds("experiment", "window", *speech, "--k", "1500", "3", "--out", tmp_path / "window")
+    whole, narrow = windows["rows"]
+    assert whole["after"] == whole["before"] and narrow["k"] == 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
