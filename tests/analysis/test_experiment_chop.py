@@ -122,8 +122,13 @@ def test_times_come_from_files_a_store_or_a_manifest_too(succeeds, refused, tmp_
     assert trials(succeeds("experiment", "chop", "--dataset", folder, "--times", times, *arguments)) == expected
 
     manifest = tmp_path / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps({"audio": str(micro.SPEECH / name), "words": line["words"]}) + "\n" for name, line in truth.items()))
-    assert trials(succeeds("experiment", "chop", "--dataset", manifest, *arguments)) == expected
+    for of_word in (list, lambda word: dict(zip(("start_s", "end_s", "word"), word, strict=True))):
+        rows = [{"audio": str(micro.SPEECH / name), "words": [of_word(word) for word in line["words"]]} for name, line in truth.items()]
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert trials(succeeds("experiment", "chop", "--dataset", manifest, *arguments)) == expected
+    captured = tmp_path / "captured.zarr"
+    succeeds("cache", "--dataset", manifest, "--model", "micro", "--sites", "encoder.blocks.0", "--out", captured, "--no-ray")
+    assert trials(succeeds("experiment", "chop", "--store", captured, *arguments)) == expected
 
     store = tmp_path / "acts.zarr"
     succeeds("cache", "--dataset", folder, "--model", "micro", "--sites", "encoder.blocks.0", "--out", store, "--no-ray")
