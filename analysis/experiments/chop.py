@@ -130,7 +130,7 @@ def chop(
     placed = [_placed(speech, trial, one, n_audio_ctx, generator) for one in dict.fromkeys([margin, *margins]) for trial in chosen]
     after = iter(run([cut for one in placed for cut in (one.cut, one.control) if cut is not None]))
     rows = [_row(speech, one, before[one.trial.clip], next(after), next(after) if one.control else None) for one in placed]
-    by_margin = {str(one): _rates([row for row in rows if row["margin"] == one]) for one in sorted({row["margin"] for row in rows})}
+    by_margin = {str(one): rates([row for row in rows if row["margin"] == one]) for one in sorted({row["margin"] for row in rows})}
     words = {"margin": margin, "clips": len({row["clip"] for row in rows}), "words_found": len(found), "by_margin": by_margin if margins else {}}
     return by_word_report(rows, {**by_margin[str(margin)], **words})
 
@@ -256,7 +256,7 @@ def _row(speech: Speech, placed: Placed, before: str, after: str, control_after:
     }  # fmt: skip
 
 
-def _rates(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def rates(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Fractions over trials, with 95 % intervals over clips."""
     clips, of_clip = np.unique([row["clip"] for row in rows], return_inverse=True)
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from analysis.experiments.bootstrap import ratio_interval
-from analysis.experiments.chop import Cut, drawn, elsewhere, find_trials, outcome
+from analysis.experiments.chop import Cut, drawn, elsewhere, find_trials, outcome, rates
+from analysis.experiments.chop_report import by_word_report
+from analysis.experiments.report import write_report
 from analysis.interventions import word_frames
 from cache import micro
 
@@ -164,6 +166,18 @@ def test_what_became_of_a_transcript():
     assert outcome("soup", "Hot soup, and bread.", "Hot soap and bread.") == (True, 1.0, False, True)
     assert outcome("soup", "Hot soup and bread.", "Hot soup.") == (False, 1 / 3, False, False)
     assert outcome("soup", "Hot soup and bread.", "bread and hot") == (True, 1.0, False, False)
+
+
+def test_where_no_word_went_and_no_control_fitted_the_report_says_so(tmp_path):
+    common = {"start_s": 0.0, "end_s": 0.5, "margin": 2, "frames": [0, 25], "others_kept": 1.0, "gone": False, "deleted": False, "replaced": False}
+    without = dict.fromkeys(("control_frames", "control_after", "control_gone", "control_others_kept"))
+    texts = {"source": "a.wav", "word": "soup", "before": "hot soup now", "after": "hot soup now"}
+    rows = [{"clip": clip, **common, **texts, **without} for clip in (0, 0, 1)]
+    found = rates(rows)
+    assert (found["trials"], found["word_gone"], found["deleted"], found["control"]["trials"], found["control"]["word_gone"]) == (3, 0, None, 0, None)
+    report = by_word_report(rows, {**found, "margin": 2, "clips": 2, "words_found": 3, "by_margin": {"0": found, "2": found}})
+    write_report(report, tmp_path / "report", {})
+    assert any("gone: 0.0%" in line for line in report.lines)
 
 
 def test_trials_are_drawn_with_a_seed():
