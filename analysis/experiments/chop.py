@@ -107,14 +107,14 @@ def chop(
     tokenizer_for(loaded.module, language)  # refuses what it does not know
     n_audio_ctx = loaded.dims.n_audio_ctx
     run: Run = partial(_transcripts, speech, model, device, language, map_pieces)
+    if min([margin, *margins]) < 0 or (trials is not None and trials < 1) or seed < 0:
+        raise HearsaeError("--margin, --margins and --seed can't be negative, and --trials must be at least 1")
     if by != "word":
         if word is not None or times or margins or trials is not None:
             raise HearsaeError(f"--by {by} chops the same place of every clip: --word, --times, --margins and --trials belong to --by word")
         return _by_place(speech, _range(by, start, end, n_audio_ctx), by, seed, run)
     if start is not None or end is not None:
         raise HearsaeError("--start and --end belong to --by time or --by frame")
-    if min([margin, *margins]) < 0 or (trials is not None and trials < 1) or seed < 0:
-        raise HearsaeError("--margin, --margins and --seed can't be negative, and --trials must be at least 1")
     said = word_times(speech, times)
     wanted = None if word is None else " ".join(plain_words(word))
     if wanted is not None and not any(plain_words(label) == [wanted] for words in said for _, _, label in words):
@@ -191,16 +191,15 @@ def elsewhere(cut: Cut, n_frames: int, generator: np.random.Generator) -> Cut | 
 def _range(by: By, start: float | None, end: float | None, n_audio_ctx: int) -> tuple[int, int]:
     if start is None or end is None:
         raise HearsaeError(f"--by {by} needs --start and --end")
+    longest = n_audio_ctx if by == "frame" else n_audio_ctx * FRAME_SECONDS
+    if not 0 <= start <= end <= longest:
+        window = f"frames 0 to {n_audio_ctx}, seconds 0 to {n_audio_ctx * FRAME_SECONDS:g}"
+        raise HearsaeError(f"--start {start:g} --end {end:g} is no range of the model's window: {window}")
     if by == "frame":
         if start != int(start) or end != int(end):
             raise HearsaeError("--by frame takes whole numbers for --start and --end")
-        first, last = int(start), int(end)
-    else:
-        first, last = (0, 0) if start == end else word_frames(start, end, n_audio_ctx=n_audio_ctx)
-    if not (0 <= start <= end and 0 <= first <= last <= n_audio_ctx):
-        window = f"frames 0 to {n_audio_ctx}, seconds 0 to {n_audio_ctx * FRAME_SECONDS:g}"
-        raise HearsaeError(f"--start {start:g} --end {end:g} is no range of the model's window: {window}")
-    return first, last
+        return int(start), int(end)
+    return (0, 0) if start == end else word_frames(start, end, n_audio_ctx=n_audio_ctx)
 
 
 # Transcripts
