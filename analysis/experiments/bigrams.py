@@ -105,8 +105,8 @@ def bigrams(
     }
     words = [*prompts, *(f" {word}" for word in found.prefixes)]
     rows = [row for number, (text, one) in enumerate(zip(words, logits, strict=True))
-            for row in _likeliest("prompt" if number < len(prompts) else "prefix", text, one, top, counted, tokenizer.decode)]  # fmt: skip
-    return bigrams_report(rows, _named(found, by_prefix, of_prefixes, initial, tokenizer.decode), summary)
+            for row in _likeliest("prompt" if number < len(prompts) else "prefix", text, one, top, counted, tokenizer.decode_with_timestamps)]  # fmt: skip
+    return bigrams_report(rows, _named(found, by_prefix, of_prefixes, initial, tokenizer.decode_with_timestamps), summary)
 
 
 # Corpus

@@ -104,7 +104,7 @@ def _neighbours(rows: Sequence[Row], shown: Sequence[str]) -> Any:
     figure = new_figure(10.0, 0.6 + 0.34 * len(shown))
     axes = figure.subplots()
     for line, word in enumerate(shown):
-        axes.text(-0.06, line, drawn(word), ha="right", va="center", weight="bold", fontsize=10, parse_math=False)
+        axes.text(-0.15, line, drawn(word), ha="right", va="center", weight="bold", fontsize=10, parse_math=False)
         for column, row in enumerate([row for row in rows if row["word"] == word][:COLUMNS]):
             colour = VARIANT if row["case_variant"] else SAME_STEM if row["same_stem"] else "black"
             axes.text(column, line, drawn(row["neighbour"]), va="center", fontsize=9, color=colour, parse_math=False)

@@ -37,6 +37,7 @@ def test_the_decoder_goes_on_with_the_bigrams_it_was_trained_on(report):
         assert {row["text"] for row in best} == expected
         assert sum(row["probability"] for row in best) > 0.8
         assert all(row["corpus_count"] > 0 for row in best)
+    assert all(row["text"] for row in report.rows)  # timestamps too have a name
     assert set(report.figures) == {"prompt-1", "prompt-2", "prompt-3", "prompt-4", "agreement"}
 
 
