@@ -103,10 +103,11 @@ def bigrams(
             "shuffled_prefixes": agreement(compare(of_prefixes[others], found, initial)) if len(others) > 1 else None,
         },
     }
+    decode = tokenizer.decode_with_timestamps  # which has a name for each token
     words = [*prompts, *(f" {word}" for word in found.prefixes)]
     rows = [row for number, (text, one) in enumerate(zip(words, logits, strict=True))
-            for row in _likeliest("prompt" if number < len(prompts) else "prefix", text, one, top, counted, tokenizer.decode_with_timestamps)]  # fmt: skip
-    return bigrams_report(rows, _named(found, by_prefix, of_prefixes, initial, tokenizer.decode_with_timestamps), summary)
+            for row in _likeliest("prompt" if number < len(prompts) else "prefix", text, one, top, counted, decode)]  # fmt: skip
+    return bigrams_report(rows, _named(found, by_prefix, of_prefixes, initial, decode), summary)
 
 
 # Corpus
