@@ -28,6 +28,7 @@ NEIGHBOURS = 10
 SHUFFLES = 200
 """Orders of the labels; of so many, the 2.5th and the 97.5th percentile are told well enough."""
 LEAST_WORDS = 10
+"""Of which anything is said: of fewer, a rate or a correlation comes by chance."""
 SHOWN = 12
 SHOWN_LETTERS = 4
 """Of words that are shown unasked: the most frequent words are too short to be told by sound."""
@@ -282,7 +283,7 @@ def scores(nearest: Sequence[Nearest]) -> dict[str, Any]:
 
 def _closer(nearest: Sequence[Nearest], name: str, same_stems: bool) -> dict[str, Any]:
     """How often a neighbour is more like the word than a drawn word is, ties counting half; all pairs of the two, word by word."""
-    parts, wholes = [], []
+    parts = []
     for one in nearest:
         near, random = (
             np.array([row[name] for row in rows if row[name] is not None and (same_stems or not row["same_stem"])]) for rows in (one.near, one.random)
@@ -290,10 +291,9 @@ def _closer(nearest: Sequence[Nearest], name: str, same_stems: bool) -> dict[str
         compared = (near[:, None] > random) + 0.5 * (near[:, None] == random)
         if compared.size:
             parts.append(float(compared.mean()))
-            wholes.append(1.0)
-    if not parts:
-        return {"closer": None, "interval": None}
-    return {"closer": float(np.mean(parts)), "interval": ratio_interval(np.array(parts), np.array(wholes))}
+    if len(parts) < LEAST_WORDS:
+        return {"closer": None, "interval": None, "words": len(parts)}
+    return {"closer": float(np.mean(parts)), "interval": ratio_interval(np.array(parts), np.ones(len(parts))), "words": len(parts)}
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
