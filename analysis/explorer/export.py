@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from analysis.explorer.clip_pages import Ranked, pack_said, write_clip_page
 from analysis.explorer.clips import AUDIO, Clips, Use, clip_texts, write_clips
@@ -31,10 +30,10 @@ from analysis.explorer.folder import MARKER, copy_assets, staging_folder
 from analysis.explorer.related import Related, related
 from analysis.explorer.traces import Traces, cut_traces
 from analysis.features import Features, open_features
-from analysis.scan_folder import EXAMPLES, Scan, check_examples
+from analysis.scan_folder import Scan
 from cache.errors import HearsaeError
 from cache.header import software
-from cache.location import Location, arrow_input, location
+from cache.location import Location, location
 from cache.store import ActivationStore
 from sae.models import Codes
 
@@ -168,23 +167,13 @@ def _open_part(
         raise HearsaeError(f"{path} is not the store of the scan {scan.path}: it was made with another model, or has no site {info['site']}")
     numbers_ = pa.array(parse_features(wanted, info["count"]), pa.int32())
     table = scan.features.filter(pc.is_in(scan.features["feature"], numbers_)).combine_chunks()
-    examples = _examples(scan)
+    examples = scan.all_examples()
     examples = examples.filter(pc.is_in(examples["feature"], numbers_)).combine_chunks()
     clip = examples["clip"].to_numpy()
     if len(clip) and not 0 <= clip.min() <= clip.max() < store.clips.num_rows:
         raise HearsaeError(f"{path} is not the store of the scan {scan.path}: the scan names clips that it does not have")
     context = round(context_s / store.header.frame_seconds) if info["axis"] == "frame" else TOKEN_CONTEXT
     return _Part(name, scan, store, table, examples, max(1, context), PhoneData.of(scan))
-
-
-def _examples(scan: Scan) -> pa.Table:
-    """All of them at once: `Scan.examples` reads a feature's, and would decode each row group for every feature in it."""
-    try:
-        table = pq.read_table(arrow_input(scan.path / EXAMPLES), read_dictionary=["kind", "text"])
-    except (OSError, pa.ArrowException) as error:
-        raise HearsaeError(f"{scan.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
-    check_examples(scan.path, table.column_names)
-    return table
 
 
 def _cut(data: Path, part: _Part, features: Features, clips: Clips, progress: Progress) -> Traces:
