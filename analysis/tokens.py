@@ -43,6 +43,13 @@ def tokens_of(store: ActivationStore, clips: Sequence[int]) -> Iterator[tuple[in
             yield clip, _tokens(spelling, row["tokens"] or [], row["text"] or "", row.get("token_times") or [])
 
 
+def marked(text: str | None, start: int | None, end: int | None, context: int) -> str | None:
+    """A text around its characters start:end, these in brackets, with so many before and after; the text as it is where they are None."""
+    if text is None or start is None or end is None:
+        return text
+    return f"{'...' * (start > context)}{text[max(0, start - context) : start]}[{text[start:end]}]{text[end : end + context]}"
+
+
 def _is_times(kind: pa.DataType) -> bool:
     inner = kind.value_type if pa.types.is_list(kind) else None
     return inner is not None and pa.types.is_struct(inner) and {"start_s", "end_s", "id"} <= {inner.field(i).name for i in range(inner.num_fields)}

@@ -98,7 +98,7 @@ def export(
         raise HearsaeError(f"a context of {context_s:g} s is not between 0 and {LONGEST_CONTEXT_S:g} s")
     stores: dict[str, ActivationStore] = {}
     parts = [_open_part(f"scan{i}", Scan.open(folder), stores, store, features, context_s) for i, folder in enumerate(scans)]
-    clips = Clips([Use(part.store, part.examples["clip"].to_numpy(), part.scan.info["axis"] == "frame") for part in parts])
+    clips = Clips([use for part in parts for use in _uses(part)])
     with staging_folder(out) as staging:
         data = staging / "data"
         for part in parts:
@@ -176,6 +176,13 @@ def _open_part(
     return _Part(name, scan, store, table, examples, max(1, context), PhoneData.of(scan))
 
 
+def _uses(part: _Part) -> Iterator[Use]:
+    """The clips of its examples; those are heard whose examples have a time."""
+    clips = part.examples["clip"].to_numpy()
+    yield Use(part.store, clips, False)
+    yield Use(part.store, clips[pc.is_valid(part.examples["start_s"]).to_numpy()], True)
+
+
 def _cut(data: Path, part: _Part, features: Features, clips: Clips, progress: Progress) -> Traces:
     """The examples' traces. On the frame axis it also writes the pages of the clips that they lie in, while it has their values."""
     ranked = Ranked.of(part.table)
@@ -236,7 +243,10 @@ def _write_list(data: Path, part: _Part) -> None:
 def _strongest_texts(part: _Part) -> list[str]:
     examples = part.examples
     strongest = examples.filter(pc.and_(pc.equal(examples["kind"], "top"), pc.equal(examples["rank"], 0)))
-    by_feature = dict(zip(strongest["feature"].to_pylist(), strongest["text"].to_pylist(), strict=True))
+    texts = strongest["text"].to_pylist()
+    if _has_tokens(part):
+        texts = [f"{token.strip()} · {text or ''}" for token, text in zip(strongest["token"].to_pylist(), texts, strict=True)]
+    by_feature = dict(zip(strongest["feature"].to_pylist(), texts, strict=True))
     return [by_feature.get(feature) or "" for feature in part.table["feature"].to_pylist()]
 
 
@@ -260,6 +270,7 @@ def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips, others:
             ],
             "examples": _pack_examples(part, traces, clips, slice(first, stop)),
             "texts": _own_texts(part, first, stop),
+            "tokens": _tokens(part, first, stop),
         }
         write_data(data, f"{part.name}/block{block}", value)
 
@@ -306,3 +317,16 @@ def _own_texts(part: _Part, first: int, stop: int) -> dict[str, str | None]:
     of_clips = clip_texts(part.store).take(examples["clip"]).to_pylist()
     texts = examples["text"].to_pylist()
     return {str(row): text for row, (text, of_clip) in enumerate(zip(texts, of_clips, strict=True)) if text != of_clip}
+
+
+def _has_tokens(part: _Part) -> bool:
+    """False on the frame axis, and of a scan from before examples had tokens."""
+    return "token" in part.examples.column_names
+
+
+def _tokens(part: _Part, first: int, stop: int) -> dict[str, list[Any]] | None:
+    """Of each example of a block: its token, where it is in the text, and when it is said; column by column."""
+    if not _has_tokens(part):
+        return None
+    examples = part.examples.slice(first, stop - first)
+    return {name: examples[name].to_pylist() for name in ("token", "token_start", "token_end", "start_s", "end_s")}

@@ -13,6 +13,7 @@ from analysis.phone_answers import has_phone_table, phone_features
 from analysis.query import Rows, activation_rows, feature_moments, feature_rows, feature_tokens, features_of, span_features, top_features
 from analysis.scan_folder import Scan
 from analysis.spoken import Said, find_phone, find_text, find_word, timings_of
+from analysis.tokens import marked
 from analysis.written_rows import ENDINGS, frame_rows, save_rows
 from cache.errors import HearsaeError
 from cache.location import Location
@@ -267,7 +268,9 @@ class Query(Output):
         if self.rows:
             shown = [row | {"values": _first(row.get("values", ()))} for row in rows[: self.n]]
             return _table(["frame", "start_s", *(["values"] if "values" in rows[0] else [])], shown) + ("\n..." if len(rows) > self.n else "")
-        return _table([c for c in COLUMNS if c in rows[0]], [row | {"text": _marked(row)} for row in rows])
+        if "token_start" in rows[0]:
+            rows = [row | {"text": marked(row["text"], row["token_start"], row["token_end"], CONTEXT)} for row in rows]
+        return _table([c for c in COLUMNS if c in rows[0]], rows)
 
 
 def _timed(answer: Any) -> dict[str, Any]:
@@ -291,15 +294,6 @@ def _csv(columns: list[str], rows: list[dict[str, Any]]) -> str:
     writer.writerow(columns)
     writer.writerows([row[c] for c in columns] for row in rows)
     return text.getvalue().removesuffix("\n")
-
-
-def _marked(row: dict[str, Any]) -> str | None:
-    """The text, of a token's surroundings with the token in brackets."""
-    text, start, end = (row.get(name) for name in ("text", "token_start", "token_end"))
-    if text is None or start is None or end is None:
-        return text
-    before, after = text[max(0, start - CONTEXT) : start], text[end : end + CONTEXT]
-    return f"{'...' * (start > CONTEXT)}{before}[{text[start:end]}]{after}"
 
 
 def _first(values: Any) -> str:

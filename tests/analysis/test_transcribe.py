@@ -187,6 +187,20 @@ def test_a_multilingual_model_takes_the_language_that_is_named(succeeds, refused
     assert "does not know the language" in refused(*command, "--language", "Klingon", "--again")
 
 
+@pytest.mark.cluster
+def test_workers_write_the_same_manifest(folder, tmp_path):
+    run("transcribe", "--dataset", "micro", "--split", "test", "--limit", CLIPS, "--model", "micro", "--out", tmp_path / "a.jsonl", "--workers", 2)
+    assert (tmp_path / "a.jsonl").read_bytes() == (folder / "test.jsonl").read_bytes()
+
+
+def test_a_manifest_may_lie_in_an_object_store(succeeds, s3):
+    place = f"s3://{s3.bucket}/speech/a.jsonl"
+    speech = ("--dataset", "micro", "--split", "test", "--limit", 2)
+    succeeds("transcribe", *speech, "--model", "micro", "--out", place, "--no-ray")
+    found = succeeds("cache", "--dataset", place, "--model", "micro", "--sites", SITE, "--out", f"s3://{s3.bucket}/acts.zarr", "--no-ray")
+    assert found["clips"] == 2 and found["skipped"] == 0
+
+
 # From the manifest to words that drive neurons
 
 
@@ -223,6 +237,27 @@ def test_examples_are_tokens_in_their_transcripts_at_the_time_when_they_are_said
     assert len(late) > 1000 and np.mean(np.array(late) < 0.05) > 0.95
 
 
+def test_the_command_counts_tokens_and_shows_them_in_context(succeeds, refused, capfd, folder):
+    scan = folder / "scan"
+    examples = [row for row in pq.read_table(scan / "examples.parquet").to_pylist() if row["kind"] == "top"]
+    best = succeeds("query", "--scan", scan, "--tokens", "--n", 5)["rows"]
+    assert len(best) == 5 and [row["count"] for row in best] == sorted((row["count"] for row in best), reverse=True)
+    for row in best:
+        at = [one["value"] for one in examples if one["feature"] == row["feature"] and one["token"].strip().lower() == row["token"]]
+        assert (row["count"], row["max"]) == (len(at), max(at)) and row["mean"] == pytest.approx(np.mean(at))
+        assert row["token"].isalpha() and row["examples"] == sum(one["feature"] == row["feature"] for one in examples)
+        of_it = succeeds("query", "--scan", scan, "--tokens", "--feature", row["feature"], "--n", 99)["rows"]
+        assert of_it[0] == row and sum(one["count"] for one in of_it) == row["examples"]
+    following = succeeds("query", "--scan", scan, "--tokens", "--following", "--feature", best[0]["feature"])["rows"]
+    assert {one["next_token"] for one in following} <= {(one["next_token"] or "").strip().lower() for one in examples}
+    run("query", "--scan", scan, "--feature", best[0]["feature"], "--kind", "top")
+    shown = capfd.readouterr().out
+    strongest = next(one for one in examples if one["feature"] == best[0]["feature"] and one["token_start"] is not None)
+    assert f"[{strongest['text'][strongest['token_start'] : strongest['token_end']]}]" in shown
+    assert "--kind has no part in a question of --tokens" in refused("query", "--scan", scan, "--tokens", "--kind", "top")
+    assert "there is no feature 384" in refused("query", "--scan", scan, "--tokens", "--feature", 384)
+
+
 def spans(text: str) -> list[tuple[int, int]]:
     """First and last + 1 character of each word between spaces."""
     ends = np.cumsum([len(word) + 1 for word in text.split(" ")])
@@ -249,22 +284,8 @@ def trained_and_random(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sc
     scans = {}
     for name in ("micro", "random:0:micro"):
         place = root / name.replace(":", "-")
-        run(
-            "cache",
-            "--dataset",
-            "micro",
-            "--split",
-            "train",
-            "--limit",
-            80,
-            "--model",
-            name,
-            "--sites",
-            SITE,
-            "--out",
-            place / "acts.zarr",
-            "--no-ray",
-        )
+        speech = ("--dataset", "micro", "--split", "train")
+        run("cache", *speech, "--model", name, "--sites", SITE, "--out", place / "acts.zarr", "--no-ray")
         run("scan", "--store", place / "acts.zarr", "--features", f"neurons:{SITE}", "--out", place / "scan", "--top", 10, "--no-ray")
         scans[name] = Scan.open(place / "scan")
     return scans
