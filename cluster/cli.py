@@ -17,6 +17,7 @@ from typing import Any, get_args
 COMMANDS = {
     "demo": ("Demo", "the whole story on the embedded speech, ending with a page to open"),
     "cache": ("Cache", "run Whisper over a dataset and keep activations in a store"),
+    "transcribe": ("Transcribe", "write down what Whisper hears, with times, as a dataset for 'cache'"),
     "info": ("Info", "what a store holds"),
     "verify": ("Verify", "read all of a store and name what is damaged"),
     "repair": ("Repair", "drop what is damaged, so that 'hearsae cache' makes it again"),
