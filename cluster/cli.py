@@ -43,6 +43,8 @@ EXPERIMENTS = {
     "chop": ("Chop", "where a word is: transcripts without some of the encoder's frames"),
     "bigrams": ("Bigrams", "what the decoder expects next when it hears nothing"),
     "neighbours": ("Neighbours", "whether words with similar embeddings sound or mean alike"),
+    "steer": ("Steer", "what is written when features are scaled, set, added to or limited"),
+    "ablate": ("Ablate", "what is lost without features, or without a site; a ranking of features"),
 }
 """What `hearsae experiment` takes next."""
 
