@@ -36,6 +36,7 @@ COMMANDS = {
     "jobs": ("Jobs", "list the jobs of a Ray cluster; status, logs, stop"),
 }
 EXPERIMENTS = {
+    "erase": ("Erase", "how many features carry a concept: sparse probes, and erasing it, on held-out speakers"),
     "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
 }
 """What `hearsae experiment` takes next."""
