@@ -45,6 +45,7 @@ EXPERIMENTS = {
     "neighbours": ("Neighbours", "whether words with similar embeddings sound or mean alike"),
     "steer": ("Steer", "what is written when features are scaled, set, added to or limited"),
     "ablate": ("Ablate", "what is lost without features, or without a site; a ranking of features"),
+    "erase": ("Erase", "how many features carry a concept: sparse probes, and erasing it, on held-out speakers"),
 }
 """What `hearsae experiment` takes next."""
 
