@@ -84,10 +84,12 @@ def _of_column(speech: Speech) -> list[tuple[int, float, float, str]]:
 
 
 def _intervals(rows: Any, source: str) -> list[Interval]:
+    """Of [start_s, end_s, word], or of objects with these names, as `hearsae transcribe` writes them."""
     try:
-        intervals = [(float(start), float(end), str(label)) for start, end, label in rows]
+        plain = ([row["start_s"], row["end_s"], row["word"]] if isinstance(row, dict) else row for row in rows)
+        intervals = [(float(start), float(end), str(label)) for start, end, label in plain]
         if not all(math.isfinite(start) and math.isfinite(end) and 0 <= start <= end for start, end, _ in intervals):
             raise ValueError("a time that is not finite, below 0, or runs backwards")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise HearsaeError(f"{source}: its column '{COLUMN}' has no times of words ([[start_s, end_s, word], ...]): {error}") from None
     return intervals
