@@ -65,13 +65,20 @@ class LoadedModel:
 
         At most n_text_ctx of them. Raises ModelError for a language that Whisper does not know.
         """
-        spoken = language if self.is_multilingual else None
-        if spoken not in self._tokenizers:
-            self._tokenizers[spoken] = self._tokenizer(spoken)
-        tokenizer = self._tokenizers[spoken]
+        tokenizer = self.tokenizer(language)
         # What looks like a special token is the dataset's text, not ours to obey.
         ids = tokenizer.encode(" " + text.strip(), disallowed_special=())
         return [*tokenizer.sot_sequence_including_notimestamps, *ids][: self.dims.n_text_ctx]
+
+    def tokenizer(self, language: str | None = None) -> Tokenizer:
+        """For transcripts in a language, as Whisper or a dataset names it; an English-only model has one for all.
+
+        Raises ModelError for a language that Whisper does not know.
+        """
+        spoken = language if self.is_multilingual else None
+        if spoken not in self._tokenizers:
+            self._tokenizers[spoken] = self._tokenizer(spoken)
+        return self._tokenizers[spoken]
 
     def _tokenizer(self, language: str | None) -> Tokenizer:
         known = self.dims.n_vocab - 51765 - int(self.is_multilingual)

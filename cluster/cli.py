@@ -17,6 +17,7 @@ from typing import Any, get_args
 COMMANDS = {
     "demo": ("Demo", "the whole story on the embedded speech, ending with a page to open"),
     "cache": ("Cache", "run Whisper over a dataset and keep activations in a store"),
+    "transcribe": ("Transcribe", "write down what Whisper hears, with times, as a dataset for 'cache'"),
     "info": ("Info", "what a store holds"),
     "verify": ("Verify", "read all of a store and name what is damaged"),
     "repair": ("Repair", "drop what is damaged, so that 'hearsae cache' makes it again"),
@@ -42,6 +43,9 @@ EXPERIMENTS = {
     "chop": ("Chop", "where a word is: transcripts without some of the encoder's frames"),
     "bigrams": ("Bigrams", "what the decoder expects next when it hears nothing"),
     "neighbours": ("Neighbours", "whether words with similar embeddings sound or mean alike"),
+    "steer": ("Steer", "what is written when features are scaled, set, added to or limited"),
+    "ablate": ("Ablate", "what is lost without features, or without a site; a ranking of features"),
+    "erase": ("Erase", "how many features carry a concept: sparse probes, and erasing it, on held-out speakers"),
 }
 """What `hearsae experiment` takes next."""
 

@@ -15,7 +15,7 @@ from cache.audio import Source, open_source
 from cache.errors import HearsaeError, ModelError
 from cache.header import FRAME_SECONDS, SAMPLE_RATE
 from cache.model import LoadedModel, fast_matmul, load_model, log_mel
-from cache.plan import make_plan
+from cache.plan import Plan, make_plan
 
 Result = TypeVar("Result")
 
@@ -48,6 +48,10 @@ class Speech:
     split: str | None = None
     limit: int | None = None
     """Files or rows to take, from the first."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    clip_seconds: float = 30.0
+    """Longer audio is cut into clips of this length; at most the model's window."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -55,15 +59,17 @@ class Speech:
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.dataset, self.split)
+        return open_source(self.dataset, self.split, self.subset)
 
     @cached_property
-    def table(self) -> pa.Table:
-        """As clips.parquet of a store (docs/store.md), with every column that the dataset has.
+    def plan(self) -> Plan:
+        """Raises HearsaeError where there is no readable audio."""
+        return make_plan(islice(self.source.items(), self.limit), clip_seconds=self.clip_seconds, shuffle=False)
 
-        Raises HearsaeError where there is no readable audio.
-        """
-        return make_plan(islice(self.source.items(), self.limit), shuffle=False).clips
+    @property
+    def table(self) -> pa.Table:
+        """As clips.parquet of a store (docs/store.md), with every column that the dataset has. Raises HearsaeError as `plan` does."""
+        return self.plan.clips
 
     @cached_property
     def clips(self) -> list[Clip]:

@@ -150,6 +150,15 @@ def test_times_are_of_the_file_though_the_clip_begins_later(succeeds, tmp_path, 
         assert row["frames"] == list(word_frames(max(0.1, start) - 0.1, end - 0.1, 2))
 
 
+def test_the_times_that_transcribe_finds_are_good_enough(succeeds, tmp_path):
+    manifest = tmp_path / "heard.jsonl"
+    succeeds("transcribe", "--dataset", "micro", "--split", "test", "--limit", "12", "--model", "micro", "--out", manifest, "--no-ray")
+    summary = succeeds("experiment", "chop", "--dataset", manifest, "--no-ray", "--out", tmp_path / "chop")["summary"]
+    assert summary["trials"] > 30
+    assert summary["word_gone"] > 0.65 and summary["others_kept"] > 0.9
+    assert summary["control"]["word_gone"] < 0.2
+
+
 # Which words
 
 
