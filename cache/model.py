@@ -125,10 +125,12 @@ def redrawn(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     Nothing that was learnt is left but the sizes of the weights. The encoder's positions are sines, not learnt, and stay.
     """
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: value if name == POSITIONS else torch.randn(value.shape, generator=generator) * value.std(correction=0) + value.mean()
-        for name, value in sorted(weights.items())
-    }
+
+    def drawn(value: Tensor) -> Tensor:
+        plain = value.numpy().astype(np.float64)  # torch's sums depend on its threads, and workers have other numbers of them
+        return torch.randn(value.shape, generator=generator) * float(plain.std()) + float(plain.mean())
+
+    return {name: value if name == POSITIONS else drawn(value) for name, value in sorted(weights.items())}
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.cli import main
 
-SECTIONS = ["attention", "window", "chop", "neurons", "latents", "polysemantic", "bigrams", "neighbours"]
+SECTIONS = ["attention", "window", "chop", "neurons", "latents", "polysemantic", "bigrams", "neighbours", "words"]
 SMALL = ["--split", "test", "--limit", "16", "--rows", "50000", "--attention-clips", "2", "--trials", "10", "--no-ray"]
 
 

@@ -16,10 +16,13 @@ from analysis.experiments.chop import chop
 from analysis.experiments.neighbours import neighbours
 from analysis.experiments.phones import phone_report, polysemantic_report
 from analysis.experiments.report import PAGE, RECORD, Report, check_folder, fill, page, report_folder, section
+from analysis.experiments.speech import whole_model, worker_model
 from analysis.experiments.window import window
 from analysis.experiments.word_times import StoredSpeech
+from analysis.experiments.words import word_report
 from analysis.explorer.export import export
 from analysis.scan import Scan, ScanOptions
+from analysis.transcribe import transcribe
 from cache import micro
 from cache.capture import CaptureConfig
 from cache.errors import HearsaeError
@@ -37,6 +40,8 @@ from sae.train_config import TrainConfig
 FRAGMENT = "section.html"
 """A finished section's part of the page, in its folder."""
 EXPLORER = "explorer"
+WORD_EXAMPLES = 10
+"""Strongest examples of a decoder neuron: it is of one word if nearly all are."""
 MARGINS = (0, 2, 4)
 """Frames that are chopped with a word on either side."""
 SETTINGS = ("dataset", "split", "limit", "model", "site", "neurons", "d_sae", "k", "rows", "attention_clips", "trials", "seed")
@@ -99,6 +104,7 @@ class Post(Experiment):
             "polysemantic": ("What looks like one phone at its maximum is often polysemantic below", self._polysemantic),
             "bigrams": ("The decoder alone is a weak language model", self._bigrams),
             "neighbours": ("Token embeddings: words that sound alike, words that mean alike", self._neighbours),
+            "words": ("Neurons of the decoder respond to words", self._words),
         }
 
     def _attention(self) -> Report:
@@ -131,7 +137,24 @@ class Post(Experiment):
     def _neighbours(self) -> Report:
         return neighbours(self.speech, self.model, seed=self.seed, device=self.device)
 
+    def _words(self) -> Report:
+        whole_model(self.model, self.device, "transcribing")
+        manifest = self._made / "transcripts.jsonl"
+        if not manifest.is_file():
+            transcribe(self.speech, self.model, manifest.absolute(), device=self.device, map_pieces=self.map_pieces)
+        model, control = self._word_scan("words", self.model, manifest), self._word_scan("words-random", f"random:{self.seed}:{self.model}", manifest)
+        return word_report(model, control)
+
+    def _word_scan(self, name: str, model: str, manifest: Path) -> Scan:
+        store = self._captured(f"{name}.zarr", str(manifest), model, (self._decoder_neurons,))
+        return self._scan(name, f"neurons:{self._decoder_neurons}", store, ScanOptions(top=WORD_EXAMPLES, seed=self.seed))
+
     # What the sections are made from
+
+    @cached_property
+    def _decoder_neurons(self) -> str:
+        """The MLP neurons of the decoder's last block."""
+        return f"decoder.blocks.{worker_model(self.model, self.device).dims.n_text_layer - 1}.mlp.1"
 
     @property
     def _made(self) -> Path:
@@ -139,16 +162,16 @@ class Post(Experiment):
 
     @cached_property
     def _store(self) -> ActivationStore:
-        config = CaptureConfig(
-            dataset=self.dataset, split=self.split, limit=self.limit, model=self.model, sites=(self.site, self.neurons), device=self.device,
-            out=self._made / "speech.zarr",
-        )  # fmt: skip
-        run_capture(config, PoolOptions(self.address, self.no_ray, self.workers, self.gpus_per_worker))
-        store = ActivationStore.open(config.out)
+        store = self._captured("speech.zarr", self.dataset, self.model, (self.site, self.neurons), split=self.split, limit=self.limit)
         if not has_timings(store):
             known = (micro.NAME,) if self.dataset == micro.NAME else ()
             Align(store=store.path, import_=known, no_ray=self.no_ray, address=self.address, workers=self.workers).run()
         return store
+
+    def _captured(self, name: str, dataset: str, model: str, sites: tuple[str, ...], **which: Any) -> ActivationStore:
+        config = CaptureConfig(dataset=dataset, model=model, sites=sites, device=self.device, out=self._made / name, **which)
+        run_capture(config, PoolOptions(self.address, self.no_ray, self.workers, self.gpus_per_worker))
+        return ActivationStore.open(config.out)
 
     @cached_property
     def _sae(self) -> Path:
@@ -159,12 +182,12 @@ class Post(Experiment):
         train(replace(config, seed=(self.seed,), batch=batch))
         return out
 
-    def _scan(self, name: str, spec: str) -> Scan:
+    def _scan(self, name: str, spec: str, store: ActivationStore | None = None, options: ScanOptions | None = None) -> Scan:
         out = self._made / name
         try:
             return Scan.open(out)
         except HearsaeError:
-            run_scan(self._store.path, spec, out, ScanOptions(seed=self.seed), self)
+            run_scan((store or self._store).path, spec, out, options or ScanOptions(seed=self.seed), self)
             return Scan.open(out)
 
     # The page
