@@ -124,7 +124,7 @@ def top_features(
     scan: a scan of the same features; adds `z`, the value against all rows of the scan in standard deviations (None for a feature that
         never varies), and `density`.
     by: `value`: the largest positive values; `z`: the most unusual ones above the feature's mean, which needs a scan.
-    Where the store has timings also `word` and `phone`.
+    Where the store has timings also `word` and `phone`; on the token axis also `token`, and its time where that is known.
     Raises HearsaeError for a clip that is unknown, ambiguous, skipped or not cached, and for a moment that is not in it.
     """
     where = stretch_at(store, features.site, clip, time_s, frame)
@@ -170,8 +170,19 @@ def _strongest(store: ActivationStore, features: "Features", where: Stretch, n: 
     strongest = [i for i in np.argsort(-rank, kind="stable")[:n].tolist() if rank[i] > 0]
     place = {"clip": where.clip, "source": where.source, "frame": where.first, "start_s": where.start_s, "end_s": where.end_s}
     place |= {"frames": len(frames)} if len(frames) > 1 else {}
-    place |= _said(store, where)
+    place |= _said(store, where) | _token(store, features.site, where)
     return [{"feature": i} | {name: _number(column[i]) for name, column in columns.items()} | place for i in strongest]
+
+
+def _token(store: ActivationStore, site: str, where: Stretch) -> dict[str, Any]:
+    """On the token axis what the token is, and when it is said where that is known."""
+    if store.sites[site]["axis"] != "token":
+        return {}
+    from analysis.tokens import tokens_of
+
+    ((_, tokens),) = tokens_of(store, [where.clip])
+    token = tokens[where.first]
+    return {"token": token.token, "start_s": token.start_s, "end_s": token.end_s}
 
 
 def _said(store: ActivationStore, where: Stretch) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ from whisper.tokenizer import get_tokenizer
 
 from analysis.experiments.errors import normalise
 from analysis.experiments.speech import Speech
-from analysis.query import feature_tokens
+from analysis.query import feature_tokens, features_of, top_features
 from analysis.scan_folder import Scan
 from analysis.transcribe import Heard, alignment_heads, manifest_lines, token_bounds
 from cache import micro
@@ -179,12 +179,31 @@ def test_what_cannot_be_done_is_refused_before_there_is_work(refused, tiny_whisp
     assert out.read_text() == "mine"
 
 
-def test_a_multilingual_model_takes_the_language_that_is_named(succeeds, refused, tiny_whisper, tmp_path):
-    model = tiny_whisper(tmp_path / "many.pt", n_vocab=51865)
-    command = ("transcribe", "--dataset", "micro", "--split", "test", "--limit", 1, "--model", model, "--no-ray", "--out", tmp_path / "a.jsonl")
+def test_a_multilingual_model_takes_the_language_that_is_named_and_so_does_its_store(succeeds, refused, tiny_whisper, tmp_path):
+    model, manifest = tiny_whisper(tmp_path / "many.pt", n_vocab=51866, n_mels=128), tmp_path / "a.jsonl"  # as large-v3
+    command = ("transcribe", "--dataset", "micro", "--split", "test", "--limit", 2, "--model", model, "--no-ray", "--out", manifest)
     succeeds(*command, "--language", "German")
-    assert lines(tmp_path / "a.jsonl")[0]["language"] == "de"
+    written = lines(manifest)
+    assert [line["language"] for line in written] == ["de", "de"]
     assert "does not know the language" in refused(*command, "--language", "Klingon", "--again")
+    store, scan = tmp_path / "acts.zarr", tmp_path / "scan"
+    succeeds("cache", "--dataset", manifest, "--model", model, "--sites", "decoder.blocks.1", "--out", store, "--no-ray")
+    succeeds("scan", "--store", store, "--features", "neurons:decoder.blocks.1", "--out", scan, *SCANNED, "--no-ray")
+    examples = pq.read_table(scan / "examples.parquet").to_pylist()
+    start = ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    assert {row["token"] for row in examples if row["frame"] < 4} <= set(start)
+    said = [row for row in examples if row["frame"] >= 4]  # random weights write nonsense, in pieces of characters too
+    assert said and all(row["start_s"] is not None and row["token_start"] <= row["token_end"] for row in said)
+
+
+def test_what_the_dataset_says_of_a_clips_language_holds_where_none_is_named(succeeds, tiny_whisper, tmp_path):
+    model = tiny_whisper(tmp_path / "many.pt", n_vocab=51865)
+    for name, samples in zip("abc", micro_audio(3), strict=True):
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16000)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "language": "fr"}\n{"file_name": "c.wav", "locale": "pt-BR"}\n')
+    succeeds("transcribe", "--dataset", tmp_path, "--model", model, "--out", tmp_path / "a.jsonl", "--no-ray")
+    found = [line["language"] for line in lines(tmp_path / "a.jsonl")]
+    assert (found[0], found[2]) == ("fr", "pt") and found[1]  # which Whisper found by itself
 
 
 @pytest.mark.cluster
@@ -235,6 +254,17 @@ def test_examples_are_tokens_in_their_transcripts_at_the_time_when_they_are_said
             start, end, _ = true_words(line)[word]
             late.append(max(0, start - row["end_s"], row["start_s"] - end))
     assert len(late) > 1000 and np.mean(np.array(late) < 0.05) > 0.95
+
+
+def test_the_features_at_a_token_come_with_it(folder):
+    store = ActivationStore.open(folder / "acts.zarr")
+    features = features_of(Scan.open(folder / "scan"), store)
+    clip = store.clips.slice(0, 1).to_pylist()[0]
+    for frame in (0, 4):
+        row = top_features(store, features, 0, frame=frame, n=1)[0]
+        assert row["token"] == get_tokenizer(False).decode([clip["tokens"][frame]])
+        times = clip["token_times"][frame - 2] if frame >= 2 else {"start_s": None, "end_s": None}
+        assert (row["start_s"], row["end_s"]) == (times["start_s"], times["end_s"])
 
 
 def test_the_command_counts_tokens_and_shows_them_in_context(succeeds, refused, capfd, folder):
