@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from analysis.interventions import edit_site
 from cache.errors import HearsaeError
-from cache.location import location
+from cache.location import Location, location
 from cache.model import LoadedModel
 from cache.sites import Site, match_sites
 from sae.baselines import random_basis
-from sae.models import Dictionary, load_dictionary
+from sae.models import Dictionary, SaeConfig, load_dictionary
 
 KINDS = "neurons:SITE, sae:DIR or random:SITE"
 How = Literal["scale", "set", "add", "clamp"]
@@ -141,16 +141,22 @@ def site_of(name: str, model: LoadedModel) -> Site:
 def _open_sae(folder: str, model: LoadedModel) -> SiteLatents:
     place = location(folder)
     dictionary = load_dictionary(place)
-    config = dictionary.config
+    site = check_sae(place, dictionary.config, model)
+    return SiteLatents(f"sae:{place.absolute()}", site, dictionary.requires_grad_(False).to(model.device))
+
+
+def check_sae(place: Location, config: SaeConfig, model: LoadedModel) -> Site:
+    """The site that an SAE reads and writes. place: where it is, for messages. Raises HearsaeError for a transcoder or crosscoder, and for an SAE of
+    another model, site or width."""
     if config.kind != "sae":
-        raise HearsaeError(f"the dictionary in {place} is a {config.kind}: only an SAE reads and writes one and the same site, and can be steered")
+        raise HearsaeError(f"the dictionary in {place} is a {config.kind}: only an SAE reads and writes one and the same site of a running model")
     if config.model_sha256 != model.sha256:
         theirs = config.model_sha256[:12] or "unknown"
         raise HearsaeError(f"the SAE in {place} was trained on model {theirs}, and {model.name} is {model.sha256[:12]}: give its own --model")
     site = site_of(config.site, model)
     if config.d_in != site.width:
         raise HearsaeError(f"the SAE in {place} takes rows of width {config.d_in}, but {site.name} of {model.name} has width {site.width}")
-    return SiteLatents(f"sae:{place.absolute()}", site, dictionary.requires_grad_(False).to(model.device))
+    return site
 
 
 @contextmanager

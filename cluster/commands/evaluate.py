@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from analysis.experiments.speech import Speech, worker_model
+from analysis.experiments.splice import ToSplice, check, speech_of, splice, table
 from cache.errors import HearsaeError
 from cache.location import Location, put
 from cache.store import ActivationStore
 from cluster.commands import Output
+from cluster.commands.experiments import mapper
+from cluster.workers import WorkerOptions
 from sae.baselines import BASELINES, Baseline, baselines
 from sae.metrics import check_fits, evaluate, plain
 from sae.models import SaeConfig, load_dictionary
@@ -27,7 +31,7 @@ NAMED_BY = ("kind", "arch", "d_sae", "k", "sparsity", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Output):
+class Evaluate(Output, WorkerOptions):
     """L0, FVU, dead and dense latents, densities and more of trained SAEs, over all rows of a (held-out) store."""
 
     sae: tuple[Location, ...]
@@ -40,6 +44,21 @@ class Evaluate(Output):
     """Where --baselines takes means and principal components from: the store that the SAEs were trained on."""
     stability: bool = False
     """How many latents are found again by SAEs that differ from each other in their seed alone."""
+    splice: bool = False
+    """What Whisper still writes with each SAE's reconstruction in place of its site: cross-entropy, word error rate, the encoder's output. Only this
+    runs the model, and on workers."""
+    splice_everywhere: bool = False
+    """With --splice: in the padding after each clip too, on which SAEs are not trained."""
+    dataset: str | None = None
+    """With --splice: other speech than that of the store, as in `hearsae cache`."""
+    split: str | None = None
+    """Split of that dataset."""
+    limit: int | None = None
+    """With --splice: the first so many clips of the store, or files or rows of --dataset, only."""
+    model: str | None = None
+    """With --splice: where the store's model is now; default: where it was."""
+    device: str = "auto"
+    """With --splice: auto, cpu or cuda."""
     out: Location | None = None
     """Folder for evaluation.json and plots of all that was evaluated."""
     save: bool = False
@@ -62,6 +81,11 @@ class Evaluate(Output):
             firings.append(measured.firings)
             named = {name: getattr(dictionary.config, name) for name in NAMED_BY}
             results.append({"dir": str(folder), **named, **measured.to_json()})
+        if self.splice:
+            todo = [ToSplice(folder, config, one["l0"]) for folder, config, one in zip(self.sae, configs, results, strict=True)]
+            workers = mapper(self, "splice")
+            spliced = splice(todo, store, self._speech(store, configs), self._model(store), self.splice_everywhere, 0, self.device, workers)
+            results = [one | {"splice": of_one} for one, of_one in zip(results, spliced, strict=True)]
         result: dict[str, Any] = {"results": results}
         if self.baselines and train_store:
             result["baselines"] = [plain(one._asdict()) for one in self._baselines(store, train_store, configs, results)]
@@ -85,7 +109,22 @@ class Evaluate(Output):
             raise HearsaeError("--baselines are those of one site, and none of these is an SAE of one: leave it out")
         if self.stability and not _same_but_for_seed(configs):
             raise HearsaeError("--stability needs at least two SAEs that differ in their seed alone")
+        WorkerOptions.check(self)
+        if self.splice:
+            check(list(zip(self.sae, configs, strict=True)), store, worker_model(self._model(store), self.device), self._speech(store, configs))
+        elif self.splice_everywhere or self.dataset or self.limit or self.model:
+            raise HearsaeError("--splice-everywhere, --dataset, --limit and --model are of --splice: nothing else runs the model")
         return configs
+
+    def _model(self, store: ActivationStore) -> str:
+        return self.model or str(store.header.model["name"])
+
+    def _speech(self, store: ActivationStore, configs: Sequence[SaeConfig]) -> Speech:
+        if self.dataset:
+            return Speech(self.dataset, self.split, self.limit)
+        if self.split:
+            raise HearsaeError("--split is of --dataset: a store has the split that it was made of")
+        return speech_of(store, configs[0].site, self.limit)
 
     def _baselines(
         self, store: ActivationStore, train_store: ActivationStore, configs: Sequence[SaeConfig], results: Sequence[dict[str, Any]]
@@ -124,6 +163,8 @@ class Evaluate(Output):
 
     def summary(self, result: dict[str, Any]) -> str:
         tables = [_measured(result["results"])]
+        if "splice" in result["results"][0]:
+            tables.append(table(result["results"]))
         for site in dict.fromkeys(one["site"] for one in result.get("baselines", ())):
             tables.append(_compared(site, [one for one in result["baselines"] if one["site"] == site]))
         if "stability" in result:
