@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.experiments.activity import Activity, activity
 from analysis.experiments.changes import Change, Replaced, SameSize, Steered, Stretch, worker_steerable
-from analysis.experiments.effect_tables import LEGEND, aligned, as_row, bars, examples, in_lines, without_empty
+from analysis.experiments.effect_tables import aligned, as_row, bars, examples, in_lines, without_empty
 from analysis.experiments.effects import Outcome, measure, row_of, summarise, transposed
 from analysis.experiments.report import Report, new_figure
 from analysis.experiments.speech import Clip, Mapper, Speech, in_this_process, worker_model
@@ -161,7 +161,7 @@ def put_out(
             "Effects": without_empty([{"change": kind, **as_row(one)} for kind, one in effects.items()]),
             "Transcripts that changed": examples([row for row in rows if row["change"] == name]),
         },
-        lines=[f"{said}{where}; {len(speech.clips)} clips", *in_lines({"unchanged": summary["unchanged"]} | effects), LEGEND],
+        lines=[f"{said}{where}; {len(speech.clips)} clips", *in_lines({"unchanged": summary["unchanged"]} | effects)],
     )
 
 

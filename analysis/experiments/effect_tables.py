@@ -23,19 +23,22 @@ COLUMNS: dict[str, tuple[Callable[[Mapping[str, Any]], Any], str]] = {
     "outside": (lambda one: (one["output"]["outside"] or {}).get("relative"), ".3f"),
 }
 """Of an effect on the terminal: heading -> its value, and how it is written."""
-LEGEND = (
-    "  changed: transcripts that are not as before; change: of the cross-entropy (nats a token); site, output inside, outside: how far rows of the "
-    "site and the encoder's output moved, inside and outside the edited frames, relative to their size"
-)
+LEGENDS = {
+    "changed": "changed: transcripts that are not as before",
+    "change": "change: of the cross-entropy, nats a token",
+    "output inside": "site, output inside, outside: how far rows of the site and the encoder's output moved, inside and outside the edited frames, "
+    "relative to their size",
+}
 
 
 def in_lines(effects: Mapping[str, Mapping[str, Any]], indent: str = "  ") -> list[str]:
-    """Name -> effect (`effects.summarise`), as aligned columns; without those that nothing was measured for."""
+    """Name -> effect (`effects.summarise`), as aligned columns, and what they are; without those that nothing was measured for."""
     kept = {name: how for name, how in COLUMNS.items() if any(how[0](one) is not None for one in effects.values())}
     table = [["", *kept]]
     for name, one in effects.items():
-        table.append([name, *("" if value(one) is None else format(value(one), form) for value, form in kept.values())])
-    return [indent + line for line in aligned(table)]
+        cells = ["" if value(one) is None else format(value(one), form) for value, form in kept.values()]
+        table += [[name, *cells]] if any(cells) else []
+    return [indent + line for line in [*aligned(table), *(text for name, text in LEGENDS.items() if name in kept)]]
 
 
 def aligned(table: Sequence[Sequence[str]]) -> list[str]:

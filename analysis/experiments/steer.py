@@ -6,7 +6,7 @@ from typing import Any
 
 from analysis.experiments.activity import activity
 from analysis.experiments.changes import Change, SameSize, Steered, Stretch, worker_steerable
-from analysis.experiments.effect_tables import LEGEND, as_row, bars, examples, in_lines, without_empty
+from analysis.experiments.effect_tables import as_row, bars, examples, in_lines, without_empty
 from analysis.experiments.effects import mean_of, measure, row_of, summarise, transposed
 from analysis.experiments.report import Report
 from analysis.experiments.speech import Mapper, Speech, in_this_process, worker_model
@@ -145,4 +145,4 @@ def lines(summary: dict[str, Any], effects: dict[str, dict[str, Any]]) -> list[s
     named = {f"{name}, {kind}": one for name, kinds in effects.items() for kind, one in kinds.items()}
     own, theirs = summary["mean_abs"], summary["control"]["mean_abs"]
     matched = f"  random features: {len(theirs)} sets, means over them; mean |value| {sum(theirs) / len(theirs):.3g}, of the features {own:.3g}"
-    return [*out, *in_lines({"unchanged": summary["unchanged"]} | named), LEGEND, matched]
+    return [*out, *in_lines({"unchanged": summary["unchanged"]} | named), matched]
