@@ -35,11 +35,28 @@ def test_its_encoder_and_decoder_sites_are_captured(checkpoint, tmp_path):
     assert store.read_clip(sites[1], 0).shape == (len(store.clips["tokens"][0].as_py()), 128)
 
 
+@pytest.mark.slow
 def test_experiments_take_it(checkpoint, succeeds, tmp_path):
-    speech = ["--model", checkpoint, "--split", "test", "--limit", "1", "--no-ray"]
-    windows = succeeds("experiment", "window", *speech, "--k", "1500", "3", "--out", tmp_path / "window")
-    whole, narrow = windows["rows"]
+    def experiment(name, *options):
+        speech = ["--model", checkpoint, "--split", "test", "--limit", "1", "--no-ray"]
+        return succeeds("experiment", name, *speech, *options, "--out", tmp_path / name)
+
+    whole, narrow = experiment("window", "--k", "1500", "3")["rows"]
     assert whole["after"] == whole["before"] and narrow["k"] == 3
+    (chopped,) = experiment("chop", "--by", "frame", "--start", "10", "--end", "10")["rows"]
+    assert chopped["after"] == chopped["before"]
+    layers = {row["layer"] for row in experiment("attention", "--maps", "0")["rows"]} - {None}
+    assert layers == set(range(load_model(str(checkpoint), "cpu").dims.n_audio_layer))
+    assert experiment("bigrams", "--prompt", " traffic", "--top", "3", "--least", "1")["rows"]
+    last = f"neurons:encoder.blocks.{max(layers)}.mlp.1"
+    unchanged = experiment("steer", "--features", last, "--feature", "5", "--scale", "1")["rows"]
+    assert all(row["after"] == row["before"] for row in unchanged)
+
+
+def test_it_transcribes_with_times(checkpoint, succeeds, tmp_path):
+    options = ["--dataset", "micro", "--split", "test", "--limit", "1", "--model", checkpoint, "--language", "en", "--no-ray"]
+    (row,) = succeeds("transcribe", *options, "--out", tmp_path / "heard.jsonl")["rows"]
+    assert isinstance(row["after"], str)
 
 
 @pytest.fixture(autouse=True)
