@@ -3,10 +3,13 @@
 Where the store has timings (`hearsae align`), a moment comes with the word and the phone that are said in the middle of its frame.
 """
 
+import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from analysis.moments import Stretch, read_stretch, stretch_at, stretch_between
 from analysis.scan_folder import KINDS, Scan
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 By = Literal["value", "z"]
 Over = Literal["mean", "max"]
+NO_WORD = re.compile(r"<\|.*\|>|\W*")
+"""A token of the start sequence, or punctuation: nearly every transcript has them."""
 
 
 class Rows(NamedTuple):
@@ -53,6 +58,40 @@ def feature_moments(scan: Scan, feature: int, kind: str | None = None, store: Ac
     return _with_labels(store, [row | clip for row, clip in zip(rows, clips, strict=True)])
 
 
+def feature_tokens(scan: Scan, n: int = 10, feature: int | None = None, *, following: bool = False) -> list[dict[str, Any]]:
+    """Which tokens the strongest examples of a decoder site's features are, whatever their case: `feature, token, count, examples, mean, max`.
+
+    count: of the feature's `examples` top examples, at most one a clip, those at this token; mean and max are of their values.
+    feature: its n most frequent tokens. None: the n features that are most of one word, each with that word's token; features that are most of
+        punctuation or of the start sequence, which nearly every transcript has, are passed over.
+    following: `next_token` in place of `token`, which the decoder is about to write; the end of a transcript has none.
+    Raises HearsaeError for a scan that does not know tokens and a feature that does not exist.
+    """
+    if scan.info["axis"] != "token":
+        raise HearsaeError(f"{scan.path} is a scan of {scan.info['site']}, which has frames, not tokens")
+    examples = scan.all_examples() if feature is None else scan.examples(feature)
+    name = "next_token" if following else "token"
+    if name not in examples.column_names:
+        raise HearsaeError(f"{scan.path} does not say which tokens its examples are: run 'hearsae scan' again")
+    examples = examples.filter(pc.equal(examples["kind"].cast(pa.string()), "top"))
+    in_all = Counter(examples["feature"].to_pylist())
+    columns = {"feature": examples["feature"], name: pc.utf8_lower(pc.utf8_trim_whitespace(examples[name])), "value": examples["value"]}
+    known = pa.table(columns).filter(pc.is_valid(columns[name]))
+    counted = known.group_by(["feature", name]).aggregate([("value", kind) for kind in ("count", "mean", "max")]).to_pylist()
+    rows = [
+        {"feature": row["feature"], name: row[name], "count": row["value_count"], "examples": in_all[row["feature"]]}
+        | {"mean": row["value_mean"], "max": row["value_max"]}
+        for row in counted
+    ]
+    rows.sort(key=lambda row: (-row["count"], row["examples"], -row["mean"], row["feature"], row[name]))
+    if feature is not None:
+        return rows[:n]
+    best: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        best.setdefault(row["feature"], row)
+    return [row for row in best.values() if not NO_WORD.fullmatch(row[name])][:n]
+
+
 def _with_labels(store: ActivationStore, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     timings = timings_of(store)
     if timings is None:
@@ -85,7 +124,7 @@ def top_features(
     scan: a scan of the same features; adds `z`, the value against all rows of the scan in standard deviations (None for a feature that
         never varies), and `density`.
     by: `value`: the largest positive values; `z`: the most unusual ones above the feature's mean, which needs a scan.
-    Where the store has timings also `word` and `phone`.
+    Where the store has timings also `word` and `phone`; on the token axis also `token`, and its time where that is known.
     Raises HearsaeError for a clip that is unknown, ambiguous, skipped or not cached, and for a moment that is not in it.
     """
     where = stretch_at(store, features.site, clip, time_s, frame)
@@ -131,8 +170,19 @@ def _strongest(store: ActivationStore, features: "Features", where: Stretch, n: 
     strongest = [i for i in np.argsort(-rank, kind="stable")[:n].tolist() if rank[i] > 0]
     place = {"clip": where.clip, "source": where.source, "frame": where.first, "start_s": where.start_s, "end_s": where.end_s}
     place |= {"frames": len(frames)} if len(frames) > 1 else {}
-    place |= _said(store, where)
+    place |= _said(store, where) | _token(store, features.site, where)
     return [{"feature": i} | {name: _number(column[i]) for name, column in columns.items()} | place for i in strongest]
+
+
+def _token(store: ActivationStore, site: str, where: Stretch) -> dict[str, Any]:
+    """On the token axis what the token is, and when it is said where that is known."""
+    if store.sites[site]["axis"] != "token":
+        return {}
+    from analysis.tokens import tokens_of
+
+    ((_, tokens),) = tokens_of(store, [where.clip])
+    token = tokens[where.first]
+    return {"token": token.token, "start_s": token.start_s, "end_s": token.end_s}
 
 
 def _said(store: ActivationStore, where: Stretch) -> dict[str, str | None]:

@@ -95,6 +95,15 @@ class Scan:
         start, stop = np.searchsorted(table["feature"].to_numpy(), [feature, feature + 1])
         return table.slice(start, stop - start)
 
+    def all_examples(self) -> pa.Table:
+        """`examples.parquet`, whole, with kinds and texts as dictionaries. For all features: `examples` would decode each row group for every one."""
+        try:
+            table = pq.read_table(arrow_input(self.path / EXAMPLES), read_dictionary=["kind", "text"])
+        except (OSError, pa.ArrowException) as error:
+            raise HearsaeError(f"{self.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
+        check_examples(self.path, table.column_names)
+        return table
+
     def check(self, feature: int) -> None:
         """Raises HearsaeError for a feature that does not exist."""
         if not 0 <= feature < self.info["count"]:
@@ -302,7 +311,8 @@ def example_table(merged: "ShardScan", features: pa.Table, store: ActivationStor
     column = {name: values[order] for name, values in column.items()}
     clips = store.clips
     start_s = clips["start_s"].to_numpy()[column["clip"]] + store.header.frame_seconds * column["frame"]
-    no_time = np.full(len(start_s), axis == "token")
+    end_s = start_s + store.header.frame_seconds
+    of_tokens = _token_columns(store, column["clip"], column["frame"]) if axis == "token" else {}
     text = pc.dictionary_encode(pc.coalesce(clips["text"], clips["source_text"]).combine_chunks())  # a clip's text is there once, not once an example
     return pa.table(
         {
@@ -313,11 +323,30 @@ def example_table(merged: "ShardScan", features: pa.Table, store: ActivationStor
             "value": pa.array(column["value"], pa.float32()),
             "clip": pa.array(column["clip"], pa.int64()),
             "frame": pa.array(column["frame"], pa.int32()),
-            "start_s": pa.array(start_s, pa.float64(), mask=no_time),
-            "end_s": pa.array(start_s + store.header.frame_seconds, pa.float64(), mask=no_time),
+            "start_s": pa.array(start_s, pa.float64()),
+            "end_s": pa.array(end_s, pa.float64()),
             "text": pa.DictionaryArray.from_arrays(text.indices.take(pa.array(column["clip"], pa.int64())), text.dictionary),
+            **of_tokens,
         }
     )
+
+
+def _token_columns(store: ActivationStore, clip: np.ndarray, position: np.ndarray) -> dict[str, pa.Array]:
+    """What is known of tokens: when they are said, what they are, which follow them, and where they are in the clip's transcript."""
+    from analysis.tokens import tokens_of
+
+    kinds = {"start_s": pa.float64(), "end_s": pa.float64(), "token": pa.string(), "next_token": pa.string()}
+    kinds |= {"token_start": pa.int32(), "token_end": pa.int32()}
+    columns: dict[str, list[Any]] = {name: [None] * len(clip) for name in kinds}
+    order = np.argsort(clip, kind="stable")
+    numbers, starts = np.unique(clip[order], return_index=True)
+    for (_, tokens), members in zip(tokens_of(store, numbers.tolist()), np.split(order, starts[1:]), strict=True):
+        for row, at in zip(members.tolist(), position[members].tolist(), strict=True):
+            for name, value in tokens[at]._asdict().items():
+                if name in columns:
+                    columns[name][row] = value
+            columns["next_token"][row] = tokens[at + 1].token if at + 1 < len(tokens) else None
+    return {name: pa.array(columns[name], kind) for name, kind in kinds.items()}
 
 
 def _strongest(kind: str, moments: np.ndarray) -> dict[str, np.ndarray]:

@@ -52,7 +52,7 @@ def refuse_full(folder: Location) -> None:
 
 
 def _by_source(store: ActivationStore, timings: Timings) -> dict[str, _Source]:
-    names = source_names(store)
+    names = source_names(store.clips)
     starts, lengths = store.clips["start_s"].to_numpy(), store.clips["duration_s"].to_numpy()
     found: dict[str, _Source] = {}
     words, phones = _by_clip(timings.words, len(names)), _by_clip(timings.phones, len(names))

@@ -1,4 +1,4 @@
-"""Times of words and phones that others made: TextGrids, CTM and JSONL, given to a store's clips by the names of their sources."""
+"""Times of words and phones that others made: TextGrids, CTM and JSONL, given to clips by the names of their sources."""
 
 import json
 import math
@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
 from analysis.align import Aligned, Interval
 from analysis.arpabet import PHONES, plain
 from analysis.textgrid import decoded, read_textgrid
 from cache.errors import HearsaeError
 from cache.location import Location, location, names_below
-from cache.store import ActivationStore
 from cache.timings import SILENCE
 
 METHODS = {".textgrid": "textgrid", ".ctm": "ctm", ".jsonl": "jsonl"}
@@ -28,14 +29,14 @@ _POSITION = re.compile(r"_[BIES]$")
 
 
 class Imported(NamedTuple):
-    """Times of files, given to a store's clips."""
+    """Times of files, given to clips."""
 
     aligned: Aligned
     method: str
     phone_set: str
     """arpabet where every phone is one of ARPAbet's, which then are in upper case and without stress; other: labels as they were."""
     strangers: list[str]
-    """Names in the files that are no source of the store."""
+    """Names in the files that are no source of the clips."""
 
 
 class _Times(NamedTuple):
@@ -43,9 +44,10 @@ class _Times(NamedTuple):
     phones: list[Interval]
 
 
-def import_times(store: ActivationStore, paths: list[str]) -> Imported:
+def import_times(clips: pa.Table, paths: list[str]) -> Imported:
     """Gives each clip the times of its source, cut to the clip.
 
+    clips: as a store's; its columns source, source_row, start_s and duration_s are looked at. A clip's number is its row.
     paths: .TextGrid files or folders of them, .ctm files (phones where the file's name has `phone` in it or `phones:` stands before the path, else
     words), .jsonl files (`file_name`, `words` and `phones` as [start, end, label]); one kind at a time. Seconds are within the source's file.
     A name belongs to the source that it equals. What follows the last dot may differ, and folders at the beginning of either may be missing.
@@ -66,24 +68,24 @@ def import_times(store: ActivationStore, paths: list[str]) -> Imported:
                 raise HearsaeError(f"there are more than {MOST_INTERVALS:,} intervals in {' '.join(paths)}")
     if not methods:
         raise HearsaeError(f"there are no times in {' '.join(paths)}: give .TextGrid, .ctm or .jsonl files, or a folder of TextGrids")
-    names, strangers = _matched(store, times)
+    names, strangers = _matched(source_names(clips), times)
     phone_set, spelled = _spelling({label for name in names.values() for _, _, label in times[name].phones})
-    return Imported(_given(store, times, names, spelled), methods.pop(), phone_set, strangers)
+    return Imported(_given(clips, times, names, spelled), methods.pop(), phone_set, strangers)
 
 
-def source_names(store: ActivationStore) -> list[str]:
+def source_names(clips: pa.Table) -> list[str]:
     """Of each clip, its source's name in files of times: `source`; with `/row` where several rows have that."""
-    sources, rows = store.clips["source"].to_pylist(), store.clips["source_row"].to_pylist()
+    sources, rows = clips["source"].to_pylist(), clips["source_row"].to_pylist()
     first: dict[str, int] = {}
     several = {source for source, row in zip(sources, rows, strict=True) if first.setdefault(source, row) != row}
     return [f"{source}/{row}" if source in several else source for source, row in zip(sources, rows, strict=True)]
 
 
-def _given(store: ActivationStore, times: dict[str, _Times], names: dict[str, str], spelled: dict[str, str]) -> Aligned:
+def _given(clips: pa.Table, times: dict[str, _Times], names: dict[str, str], spelled: dict[str, str]) -> Aligned:
     found = Aligned.nothing()
-    starts, lengths = store.clips["start_s"].to_pylist(), store.clips["duration_s"].to_pylist()
+    starts, lengths = clips["start_s"].to_pylist(), clips["duration_s"].to_pylist()
     ready: dict[str, _Times] = {}
-    for clip, (source, start, length) in enumerate(zip(source_names(store), starts, lengths, strict=True)):
+    for clip, (source, start, length) in enumerate(zip(source_names(clips), starts, lengths, strict=True)):
         if source not in names:
             found.failures.append((clip, "the files have no times of its source"))
             continue
@@ -106,9 +108,9 @@ def _spelling(labels: set[str]) -> tuple[str, dict[str, str]]:
     return "arpabet" if known else "other", spelled | dict.fromkeys(silent, SILENCE)
 
 
-def _matched(store: ActivationStore, times: dict[str, _Times]) -> tuple[dict[str, str], list[str]]:
+def _matched(names: list[str], times: dict[str, _Times]) -> tuple[dict[str, str], list[str]]:
     """Source -> the name in the files that is its own; and the names that belong to none."""
-    sources = set(source_names(store))
+    sources = set(names)
     by_stem: dict[str, list[str]] = {}
     for source in sorted(sources):
         by_stem.setdefault(_parts(source)[-1], []).append(source)

@@ -11,7 +11,6 @@ import json
 import math
 import random
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,8 +27,10 @@ from whisper.normalizers import BasicTextNormalizer
 from whisper.timing import find_alignment
 
 from analysis.arpabet import SILENCE
+from analysis.experiments.chop import chop
+from analysis.experiments.speech import Speech
 from analysis.features import open_features
-from analysis.interventions import chop, english_tokenizer, limit_attention, next_tokens, padding_output, transcribe_encoded, word_frames
+from analysis.interventions import english_tokenizer, limit_attention, next_tokens, padding_output, transcribe_encoded
 from analysis.phones import Alignment, best_phone, label_frames, phone_auc, read_alignments
 from cache.capture import CaptureConfig, capture_in_process, prepare
 from cache.micro import MODEL, SPEECH
@@ -43,8 +44,6 @@ MARGINS = (0, 1, 2, 3)
 PROMPTS = (" traffic", " New", " Good", " Thank", " ice", " very")
 LEAST_FRAMES = 30
 """Of a phone that counts: on fewer, a high AUC comes by chance."""
-SHORTEST_CHOPPED_S = 0.1
-TRIALS_AT_ONCE = 32
 ALIGNED_CLIPS = 100
 """At most; attention weights make this the slowest table, and words are plenty."""
 
@@ -88,27 +87,6 @@ class Errors(NamedTuple):
         drawn = np.random.Generator(np.random.PCG64(0)).multinomial(len(self.words), np.full(len(self.words), 1 / len(self.words)), resamples)
         low, high = np.percentile(drawn @ self.wrong / (drawn @ self.words), [2.5, 97.5])
         return float(low), float(high)
-
-
-class Trial(NamedTuple):
-    """One word to chop out of one clip."""
-
-    clip: int
-    word: str
-    """Normalised."""
-    start_s: float
-    end_s: float
-
-
-class Chopped(NamedTuple):
-    """What chopping did, over trials; fractions."""
-
-    trials: int
-    word_gone: float
-    others_kept: float
-    """Mean share of the transcript's other words that are still there."""
-    deleted: float
-    """Of the trials where the word is gone: those where the transcript is otherwise the same, so that nothing took its place."""
 
 
 class Detectors(NamedTuple):
@@ -163,33 +141,6 @@ def random_twin(path: Path, seed: int = 0) -> Whisper:
 
 
 # Experiments
-
-
-def chop_trials(clips: Sequence[Clip], texts: Sequence[str]) -> list[Trial]:
-    """Every word that can be looked for: of 3 letters or more, longer than 100 ms, once in a transcript of 3 words or more."""
-    trials = []
-    for i, (clip, text) in enumerate(zip(clips, texts, strict=True)):
-        said = Counter(words(text))
-        for start, end, label in clip.alignment.words:
-            word = normalise(label).strip()
-            if said.total() >= 3 and said[word] == 1 and len(word) >= 3 and end - start > SHORTEST_CHOPPED_S:
-                trials.append(Trial(i, word, start, end))
-    return trials
-
-
-def chop_words(model: Whisper, encoded: Tensor, texts: Sequence[str], trials: Sequence[Trial], margin: int) -> Chopped:
-    """Replaces the frames of each trial's word, with `margin` more on either side, by padding's, and transcribes again."""
-    padding, gone, kept, deleted = padding_output(model), [], [], []
-    for first in range(0, len(trials), TRIALS_AT_ONCE):
-        part = trials[first : first + TRIALS_AT_ONCE]
-        chopped = [chop(encoded[trial.clip], *word_frames(trial.start_s, trial.end_s, margin), padding) for trial in part]
-        for trial, text in zip(part, transcribe_encoded(model, chopped), strict=True):
-            others = [word for word in words(texts[trial.clip]) if word != trial.word]
-            left = words(text)
-            gone.append(trial.word not in left)
-            kept.append((Counter(others) & Counter(left)).total() / len(others))
-            deleted.append(left == others)
-    return Chopped(len(trials), float(np.mean(gone)), float(np.mean(kept)), float(np.sum(deleted) / max(1, np.sum(gone))))
 
 
 def window_errors(model: Whisper, clips: Sequence[Clip], k: int) -> Errors:
@@ -288,12 +239,12 @@ def print_wer(clips: Sequence[Clip], texts: Sequence[str]) -> None:
             line(name, names == name)
 
 
-def print_chop(model: Whisper, clips: Sequence[Clip], encoded: Tensor, texts: Sequence[str]) -> None:
-    trials = chop_trials(clips, texts)
-    table("margin, frames", "trials", "word gone", "other words kept", "of those gone: nothing in its place")
-    for margin in MARGINS:
-        result = chop_words(model, encoded, texts, trials, margin)
-        row(margin, result.trials, *map(percent, result[1:]))
+def print_chop(model: Path, speech: Path, limit: int | None) -> None:
+    of = Speech(str(speech), limit=limit)
+    found = chop(of, str(model), times=[str(speech / "alignments.jsonl")], margin=MARGINS[0], margins=MARGINS, device="cpu").summary["by_margin"]
+    table("margin, frames", "trials", "word gone", "other words kept", "of those gone: nothing in its place", "control: word gone")
+    for margin, one in found.items():
+        row(margin, one["trials"], *map(percent, (one["word_gone"], one["others_kept"], one["deleted"], one["control"]["word_gone"])))
 
 
 def print_window(model: Whisper, clips: Sequence[Clip]) -> None:
@@ -331,7 +282,7 @@ def main() -> None:
     parser.add_argument("what", choices=["wer", "features", "chop", "window", "bigrams", "align", "all"])
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--speech", type=Path, default=SPEECH)
-    parser.add_argument("--limit", type=int, help="use so many clips, drawn; `features` uses all")
+    parser.add_argument("--limit", type=int, help="use so many clips, drawn; `chop` uses the first, `features` all")
     parser.add_argument("--rows", type=int, default=1_000_000, help="to train each SAE on")
     parser.add_argument("--k", type=int, default=32, help="latents per row of the SAEs")
     parser.add_argument("--threads", type=int, default=1)
@@ -341,13 +292,10 @@ def main() -> None:
 
     model = whisper.load_model(str(options.model), device="cpu")
     clips = read_clips(options.speech, options.limit)
-    if asked & {"wer", "chop"}:
-        encoded = encode(model, clips)
-        texts = transcribe_encoded(model, encoded)
     if "wer" in asked:
-        print_wer(clips, texts)
+        print_wer(clips, transcribe_encoded(model, encode(model, clips)))
     if "chop" in asked:
-        print_chop(model, clips, encoded, texts)
+        print_chop(options.model, options.speech, options.limit)
     if "window" in asked:
         print_window(model, clips)
     if "bigrams" in asked:

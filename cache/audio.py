@@ -48,6 +48,9 @@ class Source(Protocol):
     def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
         """float32 [n_samples], mono, 16 kHz, from `start_s`. Raises SourceError saying what is wrong with the audio."""
 
+    def file(self, source: str, source_row: int) -> Location | None:
+        """The audio file of an item; None where its audio lies inside the dataset."""
+
 
 def open_source(spec: str, split: str | None = None, subset: str | None = None, streaming: bool = False) -> Source:
     """Opens what `--dataset` names: `micro`, a folder of audio, one audio file, a folder saved by `datasets`, a `.jsonl` manifest, a `.parquet` file,
@@ -179,9 +182,12 @@ class AudioFolder:
         return files, metadata
 
     def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
+        return decode(self.file(source, source_row), start_s, n_samples)
+
+    def file(self, source: str, source_row: int) -> Location:
         if not _stays_inside(source):
             raise SourceError("its path leads out of the dataset's folder")
-        return decode(self.root / source, start_s, n_samples)
+        return self.root / source
 
 
 class MicroSpeech(AudioFolder):
@@ -313,7 +319,7 @@ class Manifest:
                 raise SourceError(f"{where}: no audio path (one of {', '.join(self.PATH_COLUMNS)})")
             source, offset, duration = str(row.pop(name)), row.pop("offset", None) or 0.0, row.pop("duration", row.pop("duration_s", None))
             try:
-                file = self._file(source)
+                file = self.file(source, number)
                 start = round(float(offset) * SAMPLE_RATE)
                 n_samples = header_samples(file) - start if duration is None else round(float(duration) * SAMPLE_RATE)
                 if start < 0 or n_samples < 1:
@@ -326,7 +332,7 @@ class Manifest:
 
         yield from in_order(item, enumerate(_json_lines(self.path)), self.path)
 
-    def _file(self, source: str) -> Location:
+    def file(self, source: str, source_row: int) -> Location:
         if "://" in source:
             return _address(source)
         if source.startswith("/"):
@@ -337,7 +343,7 @@ class Manifest:
 
     def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
         # Durations in manifests are rounded: up to one frame may lack.
-        return decode(self._file(source), start_s, n_samples, tolerance=SAMPLES_PER_FRAME)
+        return decode(self.file(source, source_row), start_s, n_samples, tolerance=SAMPLES_PER_FRAME)
 
 
 def _address(source: str) -> Location:
@@ -421,6 +427,10 @@ class HubDataset:
 
     def read(self, source: str, source_row: int, start_s: float, n_samples: int) -> np.ndarray:
         return decode(_file_of(self._row(source_row)[self._column]), start_s, n_samples)
+
+    def file(self, source: str, source_row: int) -> Location | None:
+        found = _file_of(self._row(source_row)[self._column])
+        return Path(found) if isinstance(found, str) and Path(found).is_absolute() else None
 
     def _row(self, number: int) -> dict[str, Any]:
         if self._last is None or self._last[0] != number:

@@ -31,7 +31,8 @@ class CaptureConfig:
     """Runs Whisper over a dataset and keeps activations in a store. The same command again finishes what is missing."""
 
     dataset: str
-    """micro (the speech inside hearsae), or a folder of audio (./micro), one saved by `datasets`, a .jsonl manifest, .parquet file or hub dataset."""
+    """micro (the speech inside hearsae), or a folder of audio (./micro), an audio file, one saved by `datasets`, a .jsonl manifest, .parquet file
+    or hub dataset."""
     model: str
     """micro (the toy inside hearsae), a name of openai-whisper (tiny.en, ...: downloads it), or a checkpoint file in its format (./micro).
     random:SEED:MODEL: that model with weights drawn anew, as a control."""

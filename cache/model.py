@@ -65,13 +65,20 @@ class LoadedModel:
 
         At most n_text_ctx of them. Raises ModelError for a language that Whisper does not know.
         """
-        spoken = language if self.is_multilingual else None
-        if spoken not in self._tokenizers:
-            self._tokenizers[spoken] = self._tokenizer(spoken)
-        tokenizer = self._tokenizers[spoken]
+        tokenizer = self.tokenizer(language)
         # What looks like a special token is the dataset's text, not ours to obey.
         ids = tokenizer.encode(" " + text.strip(), disallowed_special=())
         return [*tokenizer.sot_sequence_including_notimestamps, *ids][: self.dims.n_text_ctx]
+
+    def tokenizer(self, language: str | None = None) -> Tokenizer:
+        """For transcripts in a language, as Whisper or a dataset names it; an English-only model has one for all.
+
+        Raises ModelError for a language that Whisper does not know.
+        """
+        spoken = language if self.is_multilingual else None
+        if spoken not in self._tokenizers:
+            self._tokenizers[spoken] = self._tokenizer(spoken)
+        return self._tokenizers[spoken]
 
     def _tokenizer(self, language: str | None) -> Tokenizer:
         known = self.dims.n_vocab - 51765 - int(self.is_multilingual)
@@ -118,10 +125,12 @@ def redrawn(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     Nothing that was learnt is left but the sizes of the weights. The encoder's positions are sines, not learnt, and stay.
     """
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: value if name == POSITIONS else torch.randn(value.shape, generator=generator) * value.std(correction=0) + value.mean()
-        for name, value in sorted(weights.items())
-    }
+
+    def drawn(value: Tensor) -> Tensor:
+        plain = value.numpy().astype(np.float64)  # torch's sums depend on its threads, and workers have other numbers of them
+        return torch.randn(value.shape, generator=generator) * float(plain.std()) + float(plain.mean())
+
+    return {name: value if name == POSITIONS else drawn(value) for name, value in sorted(weights.items())}
 
 
 def _digest(weights: dict[str, Tensor]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, get_args
 COMMANDS = {
     "demo": ("Demo", "the whole story on the embedded speech, ending with a page to open"),
     "cache": ("Cache", "run Whisper over a dataset and keep activations in a store"),
+    "transcribe": ("Transcribe", "write down what Whisper hears, with times, as a dataset for 'cache'"),
     "info": ("Info", "what a store holds"),
     "verify": ("Verify", "read all of a store and name what is damaged"),
     "repair": ("Repair", "drop what is damaged, so that 'hearsae cache' makes it again"),
@@ -36,9 +37,15 @@ COMMANDS = {
     "jobs": ("Jobs", "list the jobs of a Ray cluster; status, logs, stop"),
 }
 EXPERIMENTS = {
+    "post": ("Post", 'the whole of "Interpreting Whisper", section by section, in one report'),
+    "attention": ("Attention", "how local the encoder's attention is, and which positions an output comes from"),
     "window": ("Window", "how far the encoder must see: error rates against the reach of its attention"),
+    "chop": ("Chop", "where a word is: transcripts without some of the encoder's frames"),
+    "bigrams": ("Bigrams", "what the decoder expects next when it hears nothing"),
+    "neighbours": ("Neighbours", "whether words with similar embeddings sound or mean alike"),
     "steer": ("Steer", "what is written when features are scaled, set, added to or limited"),
     "ablate": ("Ablate", "what is lost without features, or without a site; a ranking of features"),
+    "erase": ("Erase", "how many features carry a concept: sparse probes, and erasing it, on held-out speakers"),
 }
 """What `hearsae experiment` takes next."""
 
@@ -52,18 +59,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"hearsae {version('hearsae')}")
         return 0
-    if arguments[0] not in COMMANDS:
-        print(f"hearsae: there is no command '{arguments[0]}'; the commands are: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    if arguments[0] != "experiment":
-        return _run(arguments[0], arguments[1:])
-    if len(arguments) < 2 or arguments[1] in ("-h", "--help", "help"):
+    if arguments[0] == "experiment" and (len(arguments) < 2 or arguments[1] in ("-h", "--help", "help")):
         print(_experiments_help())
         return 0 if len(arguments) > 1 else 2
-    if arguments[1] not in EXPERIMENTS:
-        print(f"hearsae: there is no experiment '{arguments[1]}'; the experiments are: {', '.join(EXPERIMENTS)}", file=sys.stderr)
+    name, options = split_name(arguments)
+    if unknown := no_such(name):
+        print(f"hearsae: {unknown}", file=sys.stderr)
         return 2
-    return _run(f"experiment {arguments[1]}", arguments[2:])
+    return _run(name, options)
+
+
+def split_name(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """A command line -> (what it runs, its options): `experiment` and what follows it are one name."""
+    words = 2 if arguments[0] == "experiment" else 1
+    return " ".join(arguments[:words]), list(arguments[words:])
+
+
+def no_such(name: str) -> str:
+    """What is wrong with a name of `split_name`; empty where there is such a command."""
+    of, _, experiment = name.partition(" ")
+    if of not in COMMANDS:
+        return f"there is no command '{of}'; the commands are: {', '.join(COMMANDS)}"
+    if of == "experiment" and experiment not in EXPERIMENTS:
+        return f"there is no experiment '{experiment}'; the experiments are: {', '.join(EXPERIMENTS)}"
+    return ""
 
 
 def _help() -> str:

@@ -244,18 +244,21 @@ def for_a_job(arguments: Sequence[str]) -> list[str]:
 
     Parses it as the command itself would, so wrong usage ends here, with status 2. Raises HearsaeError for what can't be a job.
     """
-    from cluster.cli import COMMANDS, parse
+    from cluster.cli import COMMANDS, no_such, parse, split_name
 
     if not arguments or arguments[0] not in COMMANDS:
         there_is = f"there is no command '{arguments[0]}'" if arguments else "no command was given"
         known = ", ".join(name for name in COMMANDS if name not in NOT_FOR_JOBS)
         print(f"hearsae submit: {there_is}: after -- stands one of {known}, with its options", file=sys.stderr)
         raise SystemExit(2)
-    name = arguments[0]
+    name, options = split_name(arguments)
     if name in NOT_FOR_JOBS:
         raise HearsaeError(f"'{name}' is for the machine that you sit at, not for a job")
-    command = parse(name, arguments[1:])
-    out = getattr(command, "out", None)
+    if unknown := no_such(name):
+        print(f"hearsae submit: {unknown}", file=sys.stderr)
+        raise SystemExit(2)
+    command = parse(name, options)
+    out = getattr(command, "folder", getattr(command, "out", None))
     if isinstance(out, Path) and not out.is_absolute():
         raise HearsaeError(
             f"--out {out} is a relative path, and a job starts in a folder of its own that is deleted after it: "

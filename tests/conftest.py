@@ -55,9 +55,8 @@ def fill_store(
 ) -> ActivationStore:
     """A real store whose rows are `rows_of(site, clip, n) -> [n, width]`; `skip` names clips to leave out, `shards` those to commit."""
     sites = [Site(name, "token" if name.startswith("decoder.") else "frame", width, i) for i, (name, width) in enumerate(widths.items())]
-    header = Header(
-        model={"name": "made-up", "sha256": "0" * 64, "dims": {}, "has_decoder": True}, dataset={}, axes=plan.axes, plan=plan.summary(), dtype=dtype
-    )
+    model = {"name": "made-up", "sha256": "0" * 64, "dims": {"n_vocab": 51864}, "has_decoder": True}
+    header = Header(model=model, dataset={}, axes=plan.axes, plan=plan.summary(), dtype=dtype)
     store = ActivationStore.create(path, header, plan, sites)
     for shard, missing in store.pending(widths).items():
         if shards is not None and shard not in shards:

@@ -15,7 +15,7 @@ from cache.audio import Source, open_source
 from cache.errors import HearsaeError, ModelError
 from cache.header import FRAME_SECONDS, SAMPLE_RATE
 from cache.model import LoadedModel, fast_matmul, load_model, log_mel
-from cache.plan import make_plan
+from cache.plan import Plan, make_plan
 
 Result = TypeVar("Result")
 
@@ -48,6 +48,10 @@ class Speech:
     split: str | None = None
     limit: int | None = None
     """Files or rows to take, from the first."""
+    subset: str | None = None
+    """Configuration of a hub dataset."""
+    clip_seconds: float = 30.0
+    """Longer audio is cut into clips of this length; at most the model's window."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -55,15 +59,17 @@ class Speech:
 
     @cached_property
     def source(self) -> Source:
-        return open_source(self.dataset, self.split)
+        return open_source(self.dataset, self.split, self.subset)
 
     @cached_property
-    def table(self) -> pa.Table:
-        """As clips.parquet of a store (docs/store.md), with every column that the dataset has.
+    def plan(self) -> Plan:
+        """Raises HearsaeError where there is no readable audio."""
+        return make_plan(islice(self.source.items(), self.limit), clip_seconds=self.clip_seconds, shuffle=False)
 
-        Raises HearsaeError where there is no readable audio.
-        """
-        return make_plan(islice(self.source.items(), self.limit), shuffle=False).clips
+    @property
+    def table(self) -> pa.Table:
+        """As clips.parquet of a store (docs/store.md), with every column that the dataset has. Raises HearsaeError as `plan` does."""
+        return self.plan.clips
 
     @cached_property
     def clips(self) -> list[Clip]:
@@ -111,17 +117,20 @@ def whole_model(name: str, device: str = "auto", what: str = "this experiment") 
     return model
 
 
-@torch.no_grad()
-def encode(model: LoadedModel, speech: Speech, clips: Sequence[Clip]) -> Tensor:
-    """The encoder's output for each clip, padded to the whole window: fp32 [clips, n_audio_ctx, d].
+def clip_mel(model: LoadedModel, speech: Speech, clip: Clip) -> Tensor:
+    """The log-mel of one clip, padded to the whole window: fp32 [n_mels, 2 * n_audio_ctx].
 
     Raises HearsaeError for a clip that is longer than the model's window, and SourceError for one that can't be read.
     """
     window_s = model.dims.n_audio_ctx * FRAME_SECONDS
-    outputs = []
+    if clip.duration_s > window_s:
+        raise HearsaeError(f"{clip.source} has a clip of {clip.duration_s:.1f} s, and {model.name} hears {window_s:.0f} s at once")
+    return log_mel(speech.read(clip), model)
+
+
+@torch.no_grad()
+def encode(model: LoadedModel, speech: Speech, clips: Sequence[Clip]) -> Tensor:
+    """The encoder's output for each clip, padded to the whole window: fp32 [clips, n_audio_ctx, d]. Raises what `clip_mel` does."""
+    encoder = model.module.get_submodule("encoder")
     with fast_matmul():
-        for clip in clips:
-            if clip.duration_s > window_s:
-                raise HearsaeError(f"{clip.source} has a clip of {clip.duration_s:.1f} s, and {model.name} hears {window_s:.0f} s at once")
-            outputs.append(model.module.get_submodule("encoder")(log_mel(speech.read(clip), model)[None])[0])
-    return torch.stack(outputs)
+        return torch.stack([encoder(clip_mel(model, speech, clip)[None])[0] for clip in clips])

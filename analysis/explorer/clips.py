@@ -29,7 +29,7 @@ class Use(NamedTuple):
     clips: np.ndarray
     """int64, in any order."""
     is_heard: bool
-    """False on the token axis, where nothing is played."""
+    """False where nothing is played: of tokens whose time is not known."""
 
 
 class Clips:

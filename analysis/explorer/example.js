@@ -3,6 +3,8 @@
 (function () {
   const { el, number } = hearsae;
   const SPECTROGRAM_SHARE = 0.62;
+  const TOKEN_MARGIN_S = 0.25;  // of sound to either side of a token: one alone is hard to recognise
+  const CONTEXT = 60;  // characters of a transcript before a token: it must not fall out of the card
   const isDark = window.matchMedia("(prefers-color-scheme: dark)");
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -23,23 +25,24 @@
   }, { rootMargin: "300px" });
 
   /**
-   * A card. example: {value, clip, frame, first, stop, values: [width], text}; view: {scan, clips, scale: [lo, hi], options}.
+   * A card. example: {value, clip, frame, first, stop, values: [width], text, token: {token, start, end, start_s, end_s} or null}; view: {scan, clips, scale: [lo, hi], options}.
    * view.options.lift and .common are read when they matter, so that a switch needs no new cards.
    */
   hearsae.exampleCard = (example, view) => {
     const { scan, clips } = view, { clip } = example;
     const onFrames = scan.axis === "frame";
     const width = example.values.length;
-    const start = (example.frame - scan.context) * scan.frame_s;
-    const span = { start, end: start + width * scan.frame_s, peak: (example.frame + 0.5) * scan.frame_s };
-    const source = clips.source[clip] ?? "", silent = onFrames ? clips.silent[clip] : null;
-    const where = onFrames ? seconds(clips.start_s[clip] + example.frame * scan.frame_s) : `token ${example.frame}`;
+    const isTimed = example.token ? example.token.start_s !== null : onFrames;
+    const span = onFrames ? frameSpan() : isTimed ? tokenSpan() : null;
+    const source = clips.source[clip] ?? "", silent = isTimed ? clips.silent[clip] : null;
+    const where = onFrames ? seconds(clips.start_s[clip] + example.frame * scan.frame_s)
+      : `token ${example.frame}${isTimed ? ` at ${seconds(example.token.start_s)}` : ""}`;
 
     const canvas = el("canvas", { class: onFrames ? "" : "short" });
     const cursor = el("span", { class: "cursor" });
     const name = `value ${number(example.value)}, ${where}${source ? `, ${fileName(source)}` : ""}`;
-    const box = onFrames && !silent
-      ? el("button", { type: "button", class: "player", "aria-label": `Play example: ${name}`, onclick: toggle }, canvas, cursor, el("span", { class: "sign", "aria-hidden": "true" }))
+    const box = isTimed && !silent
+      ? el("button", { type: "button", class: "player", "aria-label": `Play example: ${name}`, onclick: toggle }, canvas, onFrames ? cursor : null, el("span", { class: "sign", "aria-hidden": "true" }))
       : el("div", { class: "player", role: "img", "aria-label": `Example: ${name}` }, canvas);
     const tiersPlace = el("div", {});
     const note = el("p", { class: "note", hidden: true });
@@ -48,15 +51,25 @@
       el("figcaption", {},
         el("p", { class: "facts" }, el("b", {}, number(example.value)), el("span", {}, where), clips.speaker[clip] === null ? null : el("span", { dir: "auto" }, clips.speaker[clip]),
           onFrames ? el("a", { class: "whole", href: `#${scan.name}/clip/${clip}/${example.frame}`, "aria-label": `Whole clip, from ${where}${source ? `, ${fileName(source)}` : ""}` }, "clip") : null),
-        el("p", { class: "words", dir: "auto", title: example.text }, example.text ?? ""),
+        el("p", { class: "words", dir: "auto", title: example.text }, ...inContext(example)),
         el("p", { class: "source", dir: "auto", title: source }, fileName(source)),
         note));
     canvas.hearsaeDraw = draw;
     near.observe(canvas);
-    card.hearsaePlay = silent || !onFrames ? null : () => { box.focus({ preventScroll: true }); toggle(); };
+    card.hearsaePlay = silent || !isTimed ? null : () => { box.focus({ preventScroll: true }); toggle(); };
     card.hearsaeDraw = () => { if (drawn) draw(); };
     let drawn = false, levels = null, isPlaying = false;
     return card;
+
+    function frameSpan() {
+      const start = (example.frame - scan.context) * scan.frame_s;
+      return { start, end: start + width * scan.frame_s, peak: (example.frame + 0.5) * scan.frame_s };
+    }
+
+    function tokenSpan() {
+      const start = example.token.start_s - clips.start_s[clip], end = example.token.end_s - clips.start_s[clip];
+      return { start: start - TOKEN_MARGIN_S, end: end + TOKEN_MARGIN_S, peak: (start + end) / 2 };
+    }
 
     function tell(text) {
       note.textContent = text;
@@ -110,7 +123,7 @@
       isPlaying = true;
       card.classList.add("playing");
       try {
-        await hearsae.play(clip, span, view.options.lift, (at) => {
+        await hearsae.play(clip, span, onFrames && view.options.lift, (at) => {
           cursor.style.left = `${100 * (at - span.start) / (span.end - span.start)}%`;
         }, ended);
       } catch (error) {
@@ -124,6 +137,16 @@
       card.classList.remove("playing");
     }
   };
+
+  /** The text; of a token's example the token stands out, and what is far before it is left out. */
+  function inContext({ text, token }) {
+    if (!token) return [text ?? ""];
+    if (token.start === null) return [el("mark", {}, token.token), " ", text ?? ""];
+    const letters = Array.from(text);  // places count characters, not UTF-16 units
+    const part = (from, to) => letters.slice(from, to).join("");
+    const from = Math.max(0, token.start - CONTEXT);
+    return [`${from ? "…" : ""}${part(from, token.start)}`, el("mark", {}, part(token.start, token.end)), part(token.end)];
+  }
 
   const fileName = (source) => source.split(/[\\/]/).pop();
 })();

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from analysis.explorer.clip_pages import Ranked, pack_said, write_clip_page
 from analysis.explorer.clips import AUDIO, Clips, Use, clip_texts, write_clips
@@ -31,10 +30,10 @@ from analysis.explorer.folder import MARKER, copy_assets, staging_folder
 from analysis.explorer.related import Related, related
 from analysis.explorer.traces import Traces, cut_traces
 from analysis.features import Features, open_features
-from analysis.scan_folder import EXAMPLES, Scan, check_examples
+from analysis.scan_folder import Scan
 from cache.errors import HearsaeError
 from cache.header import software
-from cache.location import Location, arrow_input, location
+from cache.location import Location, location
 from cache.store import ActivationStore
 from sae.models import Codes
 
@@ -99,7 +98,7 @@ def export(
         raise HearsaeError(f"a context of {context_s:g} s is not between 0 and {LONGEST_CONTEXT_S:g} s")
     stores: dict[str, ActivationStore] = {}
     parts = [_open_part(f"scan{i}", Scan.open(folder), stores, store, features, context_s) for i, folder in enumerate(scans)]
-    clips = Clips([Use(part.store, part.examples["clip"].to_numpy(), part.scan.info["axis"] == "frame") for part in parts])
+    clips = Clips([use for part in parts for use in _uses(part)])
     with staging_folder(out) as staging:
         data = staging / "data"
         for part in parts:
@@ -168,7 +167,7 @@ def _open_part(
         raise HearsaeError(f"{path} is not the store of the scan {scan.path}: it was made with another model, or has no site {info['site']}")
     numbers_ = pa.array(parse_features(wanted, info["count"]), pa.int32())
     table = scan.features.filter(pc.is_in(scan.features["feature"], numbers_)).combine_chunks()
-    examples = _examples(scan)
+    examples = scan.all_examples()
     examples = examples.filter(pc.is_in(examples["feature"], numbers_)).combine_chunks()
     clip = examples["clip"].to_numpy()
     if len(clip) and not 0 <= clip.min() <= clip.max() < store.clips.num_rows:
@@ -177,14 +176,11 @@ def _open_part(
     return _Part(name, scan, store, table, examples, max(1, context), PhoneData.of(scan))
 
 
-def _examples(scan: Scan) -> pa.Table:
-    """All of them at once: `Scan.examples` reads a feature's, and would decode each row group for every feature in it."""
-    try:
-        table = pq.read_table(arrow_input(scan.path / EXAMPLES), read_dictionary=["kind", "text"])
-    except (OSError, pa.ArrowException) as error:
-        raise HearsaeError(f"{scan.path / EXAMPLES} can't be read ({error}): run 'hearsae scan' again") from error
-    check_examples(scan.path, table.column_names)
-    return table
+def _uses(part: _Part) -> Iterator[Use]:
+    """The clips of its examples; those are heard whose examples have a time."""
+    clips = part.examples["clip"].to_numpy()
+    yield Use(part.store, clips, False)
+    yield Use(part.store, clips[pc.is_valid(part.examples["start_s"]).to_numpy()], True)
 
 
 def _cut(data: Path, part: _Part, features: Features, clips: Clips, progress: Progress) -> Traces:
@@ -247,7 +243,10 @@ def _write_list(data: Path, part: _Part) -> None:
 def _strongest_texts(part: _Part) -> list[str]:
     examples = part.examples
     strongest = examples.filter(pc.and_(pc.equal(examples["kind"], "top"), pc.equal(examples["rank"], 0)))
-    by_feature = dict(zip(strongest["feature"].to_pylist(), strongest["text"].to_pylist(), strict=True))
+    texts = strongest["text"].to_pylist()
+    if _has_tokens(part):
+        texts = [f"{token.strip()} · {text or ''}" for token, text in zip(strongest["token"].to_pylist(), texts, strict=True)]
+    by_feature = dict(zip(strongest["feature"].to_pylist(), texts, strict=True))
     return [by_feature.get(feature) or "" for feature in part.table["feature"].to_pylist()]
 
 
@@ -271,6 +270,7 @@ def _write_blocks(data: Path, part: _Part, traces: Traces, clips: Clips, others:
             ],
             "examples": _pack_examples(part, traces, clips, slice(first, stop)),
             "texts": _own_texts(part, first, stop),
+            "tokens": _tokens(part, first, stop),
         }
         write_data(data, f"{part.name}/block{block}", value)
 
@@ -317,3 +317,16 @@ def _own_texts(part: _Part, first: int, stop: int) -> dict[str, str | None]:
     of_clips = clip_texts(part.store).take(examples["clip"]).to_pylist()
     texts = examples["text"].to_pylist()
     return {str(row): text for row, (text, of_clip) in enumerate(zip(texts, of_clips, strict=True)) if text != of_clip}
+
+
+def _has_tokens(part: _Part) -> bool:
+    """False on the frame axis, and of a scan from before examples had tokens."""
+    return "token" in part.examples.column_names
+
+
+def _tokens(part: _Part, first: int, stop: int) -> dict[str, list[Any]] | None:
+    """Of each example of a block: its token, where it is in the text, and when it is said; column by column."""
+    if not _has_tokens(part):
+        return None
+    examples = part.examples.slice(first, stop - first)
+    return {name: examples[name].to_pylist() for name in ("token", "token_start", "token_end", "start_s", "end_s")}

@@ -36,10 +36,14 @@
       const values = Float32Array.from(columns.levels.subarray(i * width, (i + 1) * width), (level) => lo + (hi - lo) * level / 255);
       const clip = columns.clip[i];
       examples.push({ value: columns.value[i], lo, hi, clip, frame: columns.frame[i], first: columns.first[i], stop: columns.stop[i],
-        bin: columns.bin[i], kind: columns.kind[i], values, text: i in block.texts ? block.texts[i] : clips.text[clip] });
+        bin: columns.bin[i], kind: columns.kind[i], values, text: i in block.texts ? block.texts[i] : clips.text[clip], token: tokenOf(block.tokens, i) });
     }
     return examples;
   }
+
+  /** What a decoder's position reads: null on the frame axis. Places are in characters, times in seconds within the source; null if unknown. */
+  const tokenOf = (tokens, i) => tokens &&
+    { token: tokens.token[i], start: tokens.token_start[i], end: tokens.token_end[i], start_s: tokens.start_s[i], end_s: tokens.end_s[i] };
 
   // Switches keep their positions from feature to feature.
   const options = { lift: true, common: true };
@@ -61,7 +65,7 @@
       el("div", { class: "overview" }, numbersOf(facts, scan), el("div", {}, hearsae.histogram(facts.histogram, scan.axis),
         el("p", { class: "quiet" }, "Activation over all ", `${scan.axis}s, log counts`, facts.density < 0.5 && facts.histogram.lo >= 0 ? "; zeros are not drawn" : ""))),
       ...hearsae.phoneSection(facts, scan), ...hearsae.relatedSection(facts, scan, view),
-      switches(page, scan),
+      switches(page, scan, examples),
       ...sections(examples, facts, cardView));
     window.scrollTo(0, 0);
     heading.focus({ preventScroll: true });
@@ -102,7 +106,7 @@
     return el("nav", { class: "steps", "aria-label": `Other ${scan.noun}s` }, link(-1, "‹ previous", "k"), link(1, "next ›", "j"));
   }
 
-  function switches(page, scan) {
+  function switches(page, scan, examples) {
     const redraw = () => page.querySelectorAll(".example").forEach((card) => card.hearsaeDraw());
     const box = (key, label, hint, after) => {
       const input = el("input", { type: "checkbox", checked: options[key], onchange: () => { options[key] = input.checked; after?.(); } });
@@ -115,7 +119,7 @@
       el("span", { class: "quiet" }, hasSound
         ? `Each picture spans ${shortNumber(scan.context * scan.frame_s)} s to either side of the peak, the line in the middle.`
         : `Each picture spans ${scan.context} tokens to either side of the peak.`),
-      el("span", { class: "quiet keys" }, ...(hasSound ? [el("kbd", {}, "space"), " play "] : []), el("kbd", {}, "j"), " next ", el("kbd", {}, "k"), " previous ", el("kbd", {}, "?"), " keys"));
+      el("span", { class: "quiet keys" }, ...(hasSound || examples.some(({ token }) => token && token.start_s !== null) ? [el("kbd", {}, "space"), " play "] : []), el("kbd", {}, "j"), " next ", el("kbd", {}, "k"), " previous ", el("kbd", {}, "?"), " keys"));
   }
 
   function sections(examples, facts, view) {

@@ -73,10 +73,10 @@ class Align(Output, WorkerOptions):
 
     def _imported(self, store: ActivationStore) -> Imported:
         if "micro" not in self.import_:
-            return import_times(store, list(self.import_))
+            return import_times(store.clips, list(self.import_))
         if len(self.import_) > 1:
             raise HearsaeError("--import micro stands alone")
-        return import_times(store, [str(micro.SPEECH / "alignments.jsonl")])._replace(method="micro")
+        return import_times(store.clips, [str(micro.SPEECH / "alignments.jsonl")])._replace(method="micro")
 
     def _aligned(self, store: ActivationStore) -> Aligned:
         shards = range(int(store.clips["shard"].to_numpy().max(initial=-1)) + 1)

@@ -10,9 +10,10 @@ import tyro
 
 from analysis.moments import stretch_at
 from analysis.phone_answers import has_phone_table, phone_features
-from analysis.query import Rows, activation_rows, feature_moments, feature_rows, features_of, span_features, top_features
+from analysis.query import Rows, activation_rows, feature_moments, feature_rows, feature_tokens, features_of, span_features, top_features
 from analysis.scan_folder import Scan
 from analysis.spoken import Said, find_phone, find_text, find_word, timings_of
+from analysis.tokens import marked
 from analysis.written_rows import ENDINGS, frame_rows, save_rows
 from cache.errors import HearsaeError
 from cache.location import Location
@@ -21,6 +22,7 @@ from cluster.commands import Output
 
 QUESTIONS = {
     "feature": ("kind",),
+    "tokens": ("feature", "following", "n"),
     "phone": ("n",),
     "word": ("n",),
     "text": ("n",),
@@ -29,16 +31,19 @@ QUESTIONS = {
     "sql": ("csv",),
     "clip": ("time", "frame", "from_", "to", "by", "over", "n"),
 }
-"""Flag that asks -> flags that go with it, besides --scan, --store and --json. A clip alone asks for the features there."""
+"""Flag that asks -> flags that go with it, besides --scan, --store and --json. A clip or feature may be part of another question."""
 ASK = (
-    "ask for --feature N, or for --clip C --time T (or --from T --to T), or for --phone P, --word W, --text REGEX, --like, --rows or --sql; "
+    "ask for --feature N, or for --clip C --time T (or --from T --to T), or for --phone P, --word W, --text REGEX, --like, --tokens, --rows or "
+    "--sql; "
     "--help says what each is"
 )
 COLUMNS = (
     "kind", "bin", "rank", "cosine", "feature", "auc", "auc_moved", "auc_shuffled", "log_odds", "value", "z", "rate_inside", "rate_outside",
-    "density", "source", "start_s", "frame", "frames", "phone", "word", "text",
+    "density", "source", "start_s", "frame", "frames", "phone", "word", "token", "next_token", "count", "examples", "mean", "max", "text",
 )  # fmt: skip
 """For people, in this order, where an answer has them; --json has all."""
+CONTEXT = 24
+"""Characters shown before a token, and after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,8 @@ class Query(Output):
     """Ask about a scan or a store: the moments of a feature, the features of a moment or of a phone, word or text, moments like another, rows, SQL.
 
     --feature N: its moments. --clip C --time T, or --from T --to T: the strongest features there. --phone P, --word W, --text REGEX: the features
-    that fire there more than elsewhere. --like --clip C --time T: the frames most like that one. --rows --clip C --from T --to T: activations.
+    that fire there more than elsewhere. --tokens, of a decoder site: the features whose strongest examples are of one token; with --feature N all
+    tokens of its strongest examples. --like --clip C --time T: the frames most like that one. --rows --clip C --from T --to T: activations.
     --sql "SELECT ...": anything about clips, words, phones, features, examples, coactivation, phone_scores, phone_auc, phone_counts.
     """
 
@@ -78,6 +84,10 @@ class Query(Output):
     """A word, whatever its case."""
     text: str | None = None
     """A regular expression (RE2) over the words of each clip, with one space between."""
+    tokens: bool = False
+    """Of a decoder site: count the tokens of the strongest examples."""
+    following: bool = False
+    """Count the tokens that come next instead, which the decoder is about to write."""
     like: bool = False
     """Moments like the one of --clip and --time: by the SAE's codes (--scan), or by the rows of a --site."""
     one_per_clip: bool = False
@@ -118,6 +128,8 @@ class Query(Output):
             return self._rows(scan, store) if self.rows else self._like(scan, store)
         if scan is None:
             raise HearsaeError("give the --scan to ask about")
+        if question == "tokens":
+            return _timed(lambda: {"rows": feature_tokens(scan, self.n, self.feature, following=self.following)})
         if question == "feature":
             return _timed(lambda: {"rows": feature_moments(scan, self.feature or 0, self.kind, store)})
         if question == "clip":
@@ -127,7 +139,8 @@ class Query(Output):
     def _question(self) -> str:
         """Which flag asks. Raises HearsaeError where none or several do, and for flags that have no part in the question."""
         given = {field.name for field in fields(self) if getattr(self, field.name) != field.default} - {"scan", "store", "json"}
-        asked = [name for name in QUESTIONS if name in given and not (name == "clip" and given & {"like", "rows"})]
+        parts = {"clip": {"like", "rows"}, "feature": {"tokens"}}
+        asked = [name for name in QUESTIONS if name in given and not given & parts.get(name, set())]
         if len(asked) != 1:
             raise HearsaeError(ASK)
         (question,) = asked
@@ -255,6 +268,8 @@ class Query(Output):
         if self.rows:
             shown = [row | {"values": _first(row.get("values", ()))} for row in rows[: self.n]]
             return _table(["frame", "start_s", *(["values"] if "values" in rows[0] else [])], shown) + ("\n..." if len(rows) > self.n else "")
+        if "token_start" in rows[0]:
+            rows = [row | {"text": marked(row["text"], row["token_start"], row["token_end"], CONTEXT)} for row in rows]
         return _table([c for c in COLUMNS if c in rows[0]], rows)
 
 

@@ -82,7 +82,7 @@ def said(store, table):
 
 
 def imported(store, *paths):
-    return import_times(store, [str(path) for path in paths])
+    return import_times(store.clips, [str(path) for path in paths])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])

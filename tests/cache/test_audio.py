@@ -258,6 +258,22 @@ def test_a_folder_without_audio_and_splits_that_are_not_there_are_refused(tmp_pa
 # The speech that comes with hearsae
 
 
+def test_one_file_is_a_dataset_with_what_is_said_of_it(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        write(tmp_path / name, tone(1.0))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "text": "hello", "age": 7}\n{"file_name": "b.wav", "text": "bye"}\n')
+    source = open_source(str(tmp_path / "a.wav"))
+    (item,) = source.items()
+    assert (item.source, item.n_samples, item.text, item.extra) == ("a.wav", RATE, "hello", {"age": 7})
+    again = reopen_source(json.loads(json.dumps(source.describe())))
+    assert np.array_equal(again.read("a.wav", 0, 0.0, RATE), decode(tmp_path / "a.wav", 0.0, RATE))
+    (tmp_path / "notes.m4a").touch()
+    assert "notes.m4a" in why_skipped(open_source(str(tmp_path / "notes.m4a")))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SourceError, match="neither a folder, an audio file"):
+        open_source(str(tmp_path / "notes.txt"))
+
+
 def test_micro_has_words_by_speakers_who_are_in_one_split_only():
     splits = {split: list(open_source("micro", split).items()) for split in ("train", "test")}
     found = [item for items in splits.values() for item in items]

@@ -79,6 +79,8 @@ def test_a_job_works_on_the_cluster_that_it_is_part_of():
     assert for_a_job([*cache, "--no-ray"]) == [*cache, "--no-ray"]
     assert for_a_job([*cache, "--address", "10.0.0.1:6379"]) == [*cache, "--address", "10.0.0.1:6379"]
     assert for_a_job(["info", "/shared/acts.zarr"]) == ["info", "/shared/acts.zarr"]
+    window = ["experiment", "window", "--k", "10", "--out", "/shared/window"]
+    assert for_a_job(window) == [*window, "--address", "auto"]
 
 
 def test_no_argument_is_read_by_a_shell():
@@ -93,6 +95,7 @@ def test_no_argument_is_read_by_a_shell():
         (["submit", "--", "info", "/x"], "is for the machine that you sit at"),
         (["cache", "--dataset", "micro", "--model", "micro", "--sites", SITE, "--out", "acts.zarr"], "--out acts.zarr is a relative path"),
         (["demo"], "is a relative path"),
+        (["experiment", "window"], "--out hearsae-window is a relative path"),
     ],
 )
 def test_what_can_be_no_job_is_refused(command, reason):

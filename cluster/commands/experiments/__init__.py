@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,19 +42,30 @@ class Experiment(Output, WorkerOptions):
         raise NotImplementedError
 
     @property
+    def folder(self) -> Path:
+        """Where the report goes."""
+        return self.out or Path(f"hearsae-{self.NAME}")
+
+    @property
     def speech(self) -> Speech:
         return Speech(self.dataset, self.split, self.limit)
 
     @property
     def map_pieces(self) -> Mapper:
-        return mapper(self, self.NAME)
+        return mapper(self, self.NAME, self._kept)
+
+    @cached_property
+    def _kept(self) -> ExitStack:
+        """Until the experiment ends: an embedded Ray, once one was needed."""
+        return ExitStack()
 
     def run(self) -> dict[str, Any]:
         begin = time.perf_counter()
-        out = self.out or Path(f"hearsae-{self.NAME}")
+        out = self.folder
         check_folder(out)  # before there is work to lose
         self.check()
-        report = self.report()
+        with self._kept:
+            report = self.report()
         index = write_report(report, out, asdict(self))
         rows = report.rows.to_pylist() if hasattr(report.rows, "to_pylist") else list(report.rows)
         numbers = {"dir": str(out), "index": str(index.resolve()), "seconds": time.perf_counter() - begin}
@@ -62,8 +75,11 @@ class Experiment(Output, WorkerOptions):
         return "\n".join([*result["lines"], f"in {result['seconds']:.1f} s; the report: {result['index']}"])
 
 
-def mapper(workers: WorkerOptions, what: str) -> Mapper:
-    """Shares pieces of work out over workers, with a bar. A single piece is not worth starting an embedded Ray for."""
+def mapper(workers: WorkerOptions, what: str, kept: ExitStack | None = None) -> Mapper:
+    """Shares pieces of work out over workers, with a bar. A single piece is not worth starting an embedded Ray for.
+
+    kept: where such a Ray goes, so that it is there for the next pieces too; None stops it after these.
+    """
 
     def map_pieces(function: Callable[[Any], Any], pieces: Sequence[Any]) -> list[Any]:
         with tqdm(total=len(pieces), desc=what, unit="piece", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
@@ -75,6 +91,8 @@ def mapper(workers: WorkerOptions, what: str) -> Mapper:
 
             if workers.no_ray or (len(pieces) < 2 and workers.address is None):
                 return in_this_process(here, pieces)
+            if kept is not None:
+                kept.enter_context(session(workers))
             with session(workers):
                 found = reduce_shards(Numbered(function, pieces), _joined, range(len(pieces)), workers, bar.update) or []
             return [result for _, result in sorted(found, key=lambda one: one[0])]

@@ -20,5 +20,8 @@ class Window(Experiment):
     by_block: bool = False
     """Besides, limit each block alone."""
 
+    language: str = "en"
+    """That a multilingual Whisper is told it hears."""
+
     def report(self) -> Report:
-        return window(self.speech, self.model, self.k, self.blocks, self.by_block, self.device, self.map_pieces)
+        return window(self.speech, self.model, self.k, self.blocks, self.by_block, self.language, self.device, self.map_pieces)
