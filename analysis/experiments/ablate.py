@@ -13,7 +13,7 @@ from analysis.experiments.effect_tables import aligned, as_row, bars, examples, 
 from analysis.experiments.effects import Outcome, measure, row_of, summarise, transposed
 from analysis.experiments.report import Report, new_figure
 from analysis.experiments.speech import Clip, Mapper, Speech, in_this_process, worker_model
-from analysis.experiments.steer import CONTROLS, ENCODER_OUTPUT, RANDOM_DIRECTION, explained, measured, steer
+from analysis.experiments.steer import CONTROLS, ENCODER_OUTPUT, RANDOM_DIRECTION, check_language, explained, measured, steer
 from analysis.steering import Edit, edit_rows, site_of
 from cache.errors import HearsaeError
 
@@ -32,11 +32,12 @@ def remove(
     stretch: Stretch | None = None,
     controls: int = CONTROLS,
     seed: int = 0,
+    language: str = "en",
     device: str = "auto",
     map_pieces: Mapper = in_this_process,
 ) -> Report:
     """Removes features together: `steer` by a factor of 0."""
-    report = steer(speech, model, features, feature, "scale", (0.0,), stretch, controls, seed, device, map_pieces)
+    report = steer(speech, model, features, feature, "scale", (0.0,), stretch, controls, seed, language, device, map_pieces)
     return replace(report, title="Ablation of features")
 
 
@@ -48,6 +49,7 @@ def rank(
     top: int = RANKED,
     stretch: Stretch | None = None,
     seed: int = 0,
+    language: str = "en",
     device: str = "auto",
     map_pieces: Mapper = in_this_process,
 ) -> Report:
@@ -64,15 +66,16 @@ def rank(
     if top < 1:
         raise HearsaeError(f"--top {top} must be at least 1")
     stretch.check(steerable.site, speech.clips)
+    check_language(loaded, language)
     by_loss = loaded.has_decoder and any(clip.text for clip in speech.clips)
     if not by_loss and not steerable.site.startswith("encoder."):
         raise HearsaeError(f"{speech.dataset} has no texts, without which the damage of a feature of {steerable.site} can't be told: give some")
 
-    known = activity(speech, model, device, features, seed, map_pieces)
+    known = activity(speech, model, device, features, seed, language, map_pieces)
     chosen = tuple(dict.fromkeys(feature)) or known.most_active(top)
     others = known.random(chosen, len(chosen), seed)
     changes = [Steered(steerable.site, features, (Edit((one,), "scale", 0.0),), device, seed) for one in (*chosen, *others)]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, False), speech.pieces())
+    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, False), speech.pieces())
     unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
     rows = [
         _damage(speech.clips, known, one, one not in chosen, unchanged, outcomes) for one, outcomes in zip((*chosen, *others), columns, strict=True)
@@ -87,7 +90,7 @@ def rank(
         "measured": "cross-entropy" if by_loss else ENCODER_OUTPUT,
         "by": key,
         "clips": len(speech.clips),
-        "unchanged": summarise(speech.clips, unchanged, unchanged),
+        "unchanged": summarise(speech.clips, unchanged, unchanged, language),
         "ranking": ranking,
         "mean": float(np.mean([row[key] for row in ranking])),
         "control": {"ranking": control, "mean": float(np.mean([row[key] for row in control])) if control else None},
@@ -114,6 +117,7 @@ def put_out(
     mode: Mode = "zero",
     stretch: Stretch | None = None,
     seed: int = 0,
+    language: str = "en",
     device: str = "auto",
     map_pieces: Mapper = in_this_process,
 ) -> Report:
@@ -125,15 +129,16 @@ def put_out(
     loaded = worker_model(model, device)
     site_of(site, loaded)  # refused before there is work to lose
     stretch.check(site, speech.clips)
-    mean = activity(speech, model, device, f"neurons:{site}", seed, map_pieces).mean_row if mode == "mean" else None
+    check_language(loaded, language)
+    mean = activity(speech, model, device, f"neurons:{site}", seed, language, map_pieces).mean_row if mode == "mean" else None
     change = Replaced(site, mean)
     changes: list[Change] = [change, SameSize(change, seed)]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, True), speech.pieces())
+    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
     unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
     name = f"{site} at {'zero' if mode == 'zero' else 'its mean'}"
-    effects = {kind: summarise(speech.clips, unchanged, outcomes) for kind, outcomes in zip((name, RANDOM_DIRECTION), columns, strict=True)}
+    effects = {kind: summarise(speech.clips, unchanged, outcomes, language) for kind, outcomes in zip((name, RANDOM_DIRECTION), columns, strict=True)}
     rows = [
-        {"change": kind} | row_of(*one)
+        {"change": kind} | row_of(*one, language)
         for kind, outcomes in zip((name, RANDOM_DIRECTION), columns, strict=True)
         for one in zip(speech.clips, unchanged, outcomes, strict=True)
     ]
@@ -144,7 +149,7 @@ def put_out(
         "where": where,
         "measured": measured(loaded),
         "clips": len(speech.clips),
-        "unchanged": summarise(speech.clips, unchanged, unchanged),
+        "unchanged": summarise(speech.clips, unchanged, unchanged, language),
         "ablated": effects[name],
         "control": {RANDOM_DIRECTION: effects[RANDOM_DIRECTION]},
     }

@@ -71,9 +71,9 @@ class Activity(NamedTuple):
         return tuple(np.random.default_rng(seed).permutation(others)[:n].tolist())
 
 
-def activity(speech: Speech, name: str, device: str, spec: str, seed: int, map_pieces: Mapper) -> Activity:
+def activity(speech: Speech, name: str, device: str, spec: str, seed: int, language: str, map_pieces: Mapper) -> Activity:
     """Runs the model over all clips once. Raises HearsaeError where a site of the decoder is asked for and no clip has text."""
-    sums = map_pieces(partial(_sums, speech, name, device, spec, seed), speech.pieces())
+    sums = map_pieces(partial(_sums, speech, name, device, spec, seed, language), speech.pieces())
     rows = sum(one.rows for one in sums)
     if not rows:
         raise HearsaeError(f"{speech.dataset} has no text, without which the decoder has nothing to be shown: give the dataset a column 'text'")
@@ -81,13 +81,13 @@ def activity(speech: Speech, name: str, device: str, spec: str, seed: int, map_p
     return Activity(rows, fired, absolute, row)
 
 
-def _sums(speech: Speech, name: str, device: str, spec: str, seed: int, clips: Sequence[Clip]) -> _Sums:
+def _sums(speech: Speech, name: str, device: str, spec: str, seed: int, language: str, clips: Sequence[Clip]) -> _Sums:
     model = worker_model(name, device)
     features = worker_steerable(spec, name, device, seed)
     site = site_of(features.site, model)
     rows, sums = 0, [np.zeros(features.count), np.zeros(features.count), np.zeros(site.width)]
     for clip in clips:
-        x = own_rows(model, speech, clip, site)
+        x = own_rows(model, speech, clip, site, language)
         values = features.values(x, range(features.count))
         rows += len(x)
         for total, part in zip(sums, ((values != 0), values.abs(), x), strict=True):
@@ -96,11 +96,11 @@ def _sums(speech: Speech, name: str, device: str, spec: str, seed: int, clips: S
 
 
 @torch.no_grad()
-def own_rows(model: LoadedModel, speech: Speech, clip: Clip, site: Site) -> torch.Tensor:
+def own_rows(model: LoadedModel, speech: Speech, clip: Clip, site: Site, language: str) -> torch.Tensor:
     """The site's rows of one clip, without padding: [n_frames, d], or teacher-forced on its text [tokens, d]; of a clip without text none."""
     if site.needs_decoder and not clip.text:
         return torch.zeros(0, site.width, device=model.device)
-    tokens = model.decoder_input(clip.text or "", "en") if site.needs_decoder else []
+    tokens = model.decoder_input(clip.text or "", language) if site.needs_decoder else []
     with fast_matmul():
         found = capture(model, log_mel(speech.read(clip), model)[None], [site], [tokens] if tokens else ())[site.name][0]
     return found[: clip.n_frames] if site.axis == "frame" else found[: len(tokens)]

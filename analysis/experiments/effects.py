@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from whisper.model import AudioEncoder, Whisper
+from whisper.tokenizer import Tokenizer
 
 from analysis.experiments.changes import Change, Stretch
 from analysis.experiments.errors import text_errors
 from analysis.experiments.speech import Clip, Speech, encode, worker_model
-from analysis.interventions import edit_site, english_tokenizer, transcribe_encoded
+from analysis.experiments.tokens import encode as tokens_of
+from analysis.experiments.tokens import tokenizer_for
+from analysis.interventions import edit_site, transcribe_encoded
 from analysis.steering import ChangeRows, at_positions
 from cache.model import LoadedModel, fast_matmul
 
@@ -68,7 +71,14 @@ NO_DRIFT = Drift()
 
 
 def measure(
-    speech: Speech, name: str, device: str, changes: Sequence[Change], stretch: Stretch, transcribe: bool, clips: Sequence[Clip]
+    speech: Speech,
+    name: str,
+    device: str,
+    changes: Sequence[Change],
+    stretch: Stretch,
+    language: str,
+    transcribe: bool,
+    clips: Sequence[Clip],
 ) -> list[list[Outcome]]:
     """For each clip the outcome of the unchanged model, and then of each change. The work on one piece of the speech.
 
@@ -81,12 +91,12 @@ def measure(
         for tail in tails.values():
             stack.enter_context(tail.remember())
         plain = encode(model, speech, clips)
-    columns = [[Outcome(text, *loss, NO_DRIFT, NO_DRIFT, NO_DRIFT) for text, loss in _written(model, plain, clips, transcribe)]]
+    columns = [[Outcome(text, *loss, NO_DRIFT, NO_DRIFT, NO_DRIFT) for text, loss in _written(model, plain, clips, language, transcribe)]]
     for change in changes:
         rows = change.open(model)
         if change.site not in tails:
             with edit_site(model.module, change.site, at_positions(rows, None)):
-                written = _written(model, plain, clips, transcribe)
+                written = _written(model, plain, clips, language, transcribe)
             columns.append([Outcome(text, *loss, NO_DRIFT, NO_DRIFT, NO_DRIFT) for text, loss in written])
             continue
         encoded, drifts = [], []
@@ -98,7 +108,7 @@ def measure(
             outside = Drift.of(before[:start], after[:start]) + Drift.of(before[stop:], after[stop:])
             encoded.append(after)
             drifts.append((watched.drift, Drift.of(before[start:stop], after[start:stop]), outside))
-        written = _written(model, torch.stack(encoded), clips, transcribe)
+        written = _written(model, torch.stack(encoded), clips, language, transcribe)
         columns.append([Outcome(text, *loss, *drift) for (text, loss), drift in zip(written, drifts, strict=True)])
     return [list(of_clip) for of_clip in zip(*columns, strict=True)]
 
@@ -153,27 +163,28 @@ class Tail:
         return x[0]
 
 
-def _written(model: LoadedModel, encoded: Tensor, clips: Sequence[Clip], transcribe: bool) -> list[tuple[str | None, tuple[float | None, int]]]:
+def _written(
+    model: LoadedModel, encoded: Tensor, clips: Sequence[Clip], language: str, transcribe: bool
+) -> list[tuple[str | None, tuple[float | None, int]]]:
     """For each clip its transcript and the loss of its own text, as far as there are any."""
     if not isinstance(model.module, Whisper):
         return [(None, (None, 0))] * len(clips)
     whisper: Whisper = model.module
-    texts = transcribe_encoded(whisper, encoded) if transcribe else [None] * len(clips)
-    losses = [text_loss(whisper, one, clip.text) if clip.text else (None, 0) for one, clip in zip(encoded, clips, strict=True)]
+    tokenizer = tokenizer_for(whisper, language)
+    texts = transcribe_encoded(whisper, encoded, language=language) if transcribe else [None] * len(clips)
+    losses = [text_loss(whisper, one, clip.text, tokenizer) if clip.text else (None, 0) for one, clip in zip(encoded, clips, strict=True)]
     return list(zip(texts, losses, strict=True))
 
 
 @torch.no_grad()
-def text_loss(model: Whisper, encoded: Tensor, text: str) -> tuple[float, int]:
+def text_loss(model: Whisper, encoded: Tensor, text: str, tokenizer: Tokenizer) -> tuple[float, int]:
     """Minus the log-likelihood of a text, in nats, and how many tokens that is the sum of: the text's and the end-of-text token.
 
-    encoded: [n_audio_ctx, d]. Teacher-forced after the start-of-transcript sequence (English, without timestamps). Of a text that is too long
+    encoded: [n_audio_ctx, d]. Teacher-forced after the tokenizer's start-of-transcript sequence, without timestamps. Of a text that is too long
     for the decoder the first n_text_ctx tokens count.
     """
-    tokenizer = english_tokenizer(model)
     start = tokenizer.sot_sequence_including_notimestamps
-    # What looks like a special token is the dataset's text, not ours to obey.
-    ids = [*start, *tokenizer.encode(" " + text.strip(), disallowed_special=()), tokenizer.eot][: model.dims.n_text_ctx + 1]
+    ids = [*start, *tokens_of(tokenizer, " " + text.strip()), tokenizer.eot][: model.dims.n_text_ctx + 1]
     tokens = torch.tensor(ids, device=model.device)
     logits = model.decoder(tokens[None, :-1], encoded[None])[0, len(start) - 1 :]
     return float(F.cross_entropy(logits, tokens[len(start) :], reduction="sum")), len(ids) - len(start)
@@ -182,7 +193,7 @@ def text_loss(model: Whisper, encoded: Tensor, text: str) -> tuple[float, int]:
 # Summaries
 
 
-def summarise(clips: Sequence[Clip], unchanged: Sequence[Outcome], changed: Sequence[Outcome]) -> dict[str, Any]:
+def summarise(clips: Sequence[Clip], unchanged: Sequence[Outcome], changed: Sequence[Outcome], language: str = "en") -> dict[str, Any]:
     """Of all clips, ready for JSON: error rates against the clips' texts, share of transcripts that changed, cross-entropy, drifts.
 
     What there is none of is None: without a decoder all but the drifts, without texts error rates and cross-entropy.
@@ -190,11 +201,11 @@ def summarise(clips: Sequence[Clip], unchanged: Sequence[Outcome], changed: Sequ
     texts = [clip.text for clip in clips]
     before, after = [one.text for one in unchanged], [one.text for one in changed]
     has_transcripts, has_texts = None not in after, all(texts)
-    errors = text_errors(_known(texts), _known(after)).to_json() if has_transcripts and has_texts else dict.fromkeys(ERROR_KEYS)
+    errors = text_errors(_known(texts), _known(after), language).to_json() if has_transcripts and has_texts else dict.fromkeys(ERROR_KEYS)
     return {
         **errors,
         "changed": sum(a != b for a, b in zip(before, after, strict=True)) / len(clips) if has_transcripts else None,
-        "wer_against_unchanged": text_errors(_known(before), _known(after)).wer if has_transcripts else None,
+        "wer_against_unchanged": text_errors(_known(before), _known(after), language).wer if has_transcripts else None,
         "ce": cross_entropy(changed),
         "ce_change": difference(cross_entropy(changed), cross_entropy(unchanged)),
         "output": {"inside": total(one.inside for one in changed).to_json(), "outside": total(one.outside for one in changed).to_json()},
@@ -226,6 +237,9 @@ def total(drifts: Iterable[Drift]) -> Drift:
 def mean_of(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Every number of several summaries, averaged; None where one of them has none."""
 
+    if len(summaries) == 1:
+        return summaries[0]
+
     def mean(values: list[Any]) -> Any:
         if isinstance(values[0], dict):
             return {key: mean([value[key] for value in values]) for key in values[0]} if all(isinstance(v, dict) for v in values) else None
@@ -234,12 +248,12 @@ def mean_of(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {key: mean([one[key] for one in summaries]) for key in summaries[0]}
 
 
-def row_of(clip: Clip, before: Outcome, after: Outcome) -> dict[str, Any]:
+def row_of(clip: Clip, before: Outcome, after: Outcome, language: str = "en") -> dict[str, Any]:
     """What rows.parquet says of one clip and one change."""
     inside, outside = after.inside.to_json() or {}, after.outside.to_json() or {}
     return {
         **{"clip": clip.clip, "source": clip.source, "start_s": clip.start_s, "text": clip.text, "before": before.text, "after": after.text},
-        "wer": text_errors([clip.text], [after.text]).wer if clip.text and after.text is not None else None,
+        "wer": text_errors([clip.text], [after.text], language).wer if clip.text and after.text is not None else None,
         "ce": cross_entropy([after]),
         "ce_change": difference(cross_entropy([after]), cross_entropy([before])),
         "output_relative_inside": inside.get("relative"),

@@ -5,19 +5,21 @@ cross-entropy of the right text, of the word error rate, and of the squared erro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from analysis.experiments.changes import Change, Replaced, Stretch
 from analysis.experiments.effects import Outcome, measure, summarise, transposed
-from analysis.experiments.speech import Clip, Mapper, Speech, in_this_process, worker_model
+from analysis.experiments.speech import Mapper, Speech, in_this_process, worker_model
+from analysis.experiments.steer import check_language
+from analysis.experiments.word_times import StoredSpeech
 from analysis.steering import ChangeRows, check_sae
-from cache.audio import Source, reopen_source
 from cache.errors import HearsaeError
 from cache.location import Location, location
 from cache.model import LoadedModel
@@ -28,35 +30,17 @@ FIT_ROWS = 4096
 """From which the size of a random dictionary's reconstructions is fitted: one number, so few rows do."""
 
 
-# The speech of a store
-
-
 @dataclass(frozen=True)
-class StoredSpeech(Speech):
-    """The clips of a store, with the audio that its header names."""
+class CapturedSpeech(StoredSpeech):
+    """The clips of a store that have rows of a site; the audio is read from where the store's came from."""
 
-    described: dict[str, Any] = field(default_factory=dict)
-    """As `cache.audio.reopen_source` takes it."""
-    stored: tuple[Clip, ...] = ()
-
-    @cached_property
-    def source(self) -> Source:
-        return reopen_source(self.described)
+    captured: str = ""
+    """The site."""
 
     @cached_property
-    def clips(self) -> list[Clip]:
-        return list(self.stored)
-
-
-def speech_of(store: ActivationStore, site: str, limit: int | None = None) -> StoredSpeech:
-    """The first `limit` clips that have rows of the site in the store, in the store's order. Raises HearsaeError where there are none."""
-    if limit is not None and limit < 1:
-        raise HearsaeError(f"--limit {limit} must be at least 1")
-    committed = [span.clip for shard in store.committed(site) for span in store.spans(shard, site)]
-    rows = store.clips.select(list(Clip._fields)).take(committed[:limit]).to_pylist()
-    if not rows:
-        raise HearsaeError(f"{store.path} has no clips of {site}")
-    return StoredSpeech(dataset=str(store.path), described=store.header.dataset, stored=tuple(Clip(**row) for row in rows))
+    def table(self) -> pa.Table:
+        clips = [span.clip for shard in self.store.committed(self.captured) for span in self.store.spans(shard, self.captured)]
+        return self.store.clips.take(clips[: self.limit])
 
 
 # Changes
@@ -139,7 +123,7 @@ class ToSplice(NamedTuple):
     """Mean number of latents that fire in a row: a random dictionary keeps as many."""
 
 
-def check(todo: Sequence[tuple[Location, SaeConfig]], store: ActivationStore, model: LoadedModel, speech: Speech) -> None:
+def check(todo: Sequence[tuple[Location, SaeConfig]], store: ActivationStore, model: LoadedModel, speech: Speech, language: str) -> None:
     """All that can be refused before there is work to lose. Raises HearsaeError for transcoders and crosscoders, another model than the store's,
     and decoder sites without a decoder or texts."""
     if model.sha256 != store.header.model["sha256"]:
@@ -147,6 +131,9 @@ def check(todo: Sequence[tuple[Location, SaeConfig]], store: ActivationStore, mo
         raise HearsaeError(
             f"{store.path} holds activations of another model ({theirs}) than {model.name} ({model.sha256[:12]}): give its own --model"
         )
+    check_language(model, language)
+    if not speech.clips:
+        raise HearsaeError(f"{speech.dataset} has no clips of {todo[0][1].site}")
     for folder, config in todo:
         site = check_sae(folder, config, model)
         if site.needs_decoder and not any(clip.text for clip in speech.clips):
@@ -160,6 +147,7 @@ def splice(
     model: str,
     everywhere: bool = False,
     seed: int = 0,
+    language: str = "en",
     device: str = "auto",
     map_pieces: Mapper = in_this_process,
 ) -> list[dict[str, Any]]:
@@ -181,10 +169,10 @@ def splice(
         folder = str(one.folder)
         changes += [Spliced(one.config.site, folder), RandomlySpliced(one.config, k, mean, gain, seed)]
         names += [(folder, "spliced"), (folder, "random")]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, True), speech.pieces())
+    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
     unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
-    by_name = {name: summarise(speech.clips, unchanged, outcomes) for name, outcomes in zip(names, columns, strict=True)}
-    original = summarise(speech.clips, unchanged, unchanged)
+    by_name = {name: summarise(speech.clips, unchanged, outcomes, language) for name, outcomes in zip(names, columns, strict=True)}
+    original = summarise(speech.clips, unchanged, unchanged, language)
     has_decoder = worker_model(model, device).has_decoder
     results = []
     for one in saes:

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from whisper.model import Whisper
+
 from analysis.experiments.activity import activity
 from analysis.experiments.changes import Change, SameSize, Steered, Stretch, worker_steerable
 from analysis.experiments.effect_tables import as_row, bars, examples, in_lines, without_empty
 from analysis.experiments.effects import mean_of, measure, row_of, summarise, transposed
 from analysis.experiments.report import Report
 from analysis.experiments.speech import Mapper, Speech, in_this_process, worker_model
+from analysis.experiments.tokens import tokenizer_for
 from analysis.steering import Edit, How, edit_rows
 from cache.errors import HearsaeError
 from cache.model import LoadedModel
@@ -31,6 +34,7 @@ def steer(
     stretch: Stretch | None = None,
     controls: int = CONTROLS,
     seed: int = 0,
+    language: str = "en",
     device: str = "auto",
     map_pieces: Mapper = in_this_process,
 ) -> Report:
@@ -38,7 +42,7 @@ def steer(
 
     features: as `analysis.steering.open_steerable` takes it. stretch: where in the clips; None: in their own frames.
     controls: how many sets of random features, as active as these (`Activity.matched`), are edited in the same way. Besides, every row is moved
-    as far as by the edit, in one random direction. seed: of these, and of a random basis.
+    as far as by the edit, in one random direction. seed: of these, and of a random basis. language: that Whisper is told it hears.
     A checkpoint without a decoder is measured at the encoder's output alone.
     Raises HearsaeError for features, edits and places that can't be, and where there are too few other features for the control.
     """
@@ -53,15 +57,16 @@ def steer(
     for amount in amounts:  # refused before there is work to lose
         edit_rows(steerable, [Edit(chosen, how, amount)])
     stretch.check(steerable.site, speech.clips)
+    check_language(loaded, language)
 
-    known = activity(speech, model, device, features, seed, map_pieces)
+    known = activity(speech, model, device, features, seed, language, map_pieces)
     others = known.matched(chosen, controls, seed)
     names, changes = [], []
     for amount in amounts:
         edits: list[Change] = [Steered(steerable.site, features, (Edit(one, how, amount),), device, seed) for one in (chosen, *others)]
         changes += [*edits, SameSize(edits[0], seed)]
         names += [(amount, kind) for kind in (THEIRS, *[RANDOM_FEATURES] * controls, RANDOM_DIRECTION)]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, True), speech.pieces())
+    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
     unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
 
     effects: dict[str, dict[str, Any]] = {}
@@ -72,13 +77,13 @@ def steer(
             for kind in (THEIRS, RANDOM_FEATURES, RANDOM_DIRECTION)
         }
         effects[f"{how} {amount:g}"] = {
-            kind: mean_of([summarise(speech.clips, unchanged, one) for one in several]) for kind, several in of_amount.items()
+            kind: mean_of([summarise(speech.clips, unchanged, one, language) for one in several]) for kind, several in of_amount.items()
         }
         for kind, several in of_amount.items():
             for number_of_set, outcomes in enumerate(several):
                 edited = chosen if kind == THEIRS else others[number_of_set] if kind == RANDOM_FEATURES else ()
                 about = {"change": f"{how} {amount:g}", "of": kind, "features": list(edited)}
-                rows += [about | row_of(*one) for one in zip(speech.clips, unchanged, outcomes, strict=True)]
+                rows += [about | row_of(*one, language) for one in zip(speech.clips, unchanged, outcomes, strict=True)]
     summary: dict[str, Any] = {
         "features": steerable.spec,
         "site": steerable.site,
@@ -89,7 +94,7 @@ def steer(
         "clips": len(speech.clips),
         "mean_abs": float(known.mean_abs[list(chosen)].mean()),
         "activity": {str(one): {"density": float(known.density[one]), "mean_abs": float(known.mean_abs[one])} for one in chosen},
-        "unchanged": summarise(speech.clips, unchanged, unchanged),
+        "unchanged": summarise(speech.clips, unchanged, unchanged, language),
         "by_amount": {name: one[THEIRS] for name, one in effects.items()},
         "control": {
             "features": [list(one) for one in others],
@@ -115,6 +120,12 @@ def steer(
         },
         lines=lines(summary, effects),
     )
+
+
+def check_language(model: LoadedModel, language: str) -> None:
+    """Raises HearsaeError for a language that the model does not know."""
+    if isinstance(model.module, Whisper):
+        tokenizer_for(model.module, language)
 
 
 def measured(model: LoadedModel) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis.experiments.speech import Speech, worker_model
-from analysis.experiments.splice import ToSplice, check, speech_of, splice, table
+from analysis.experiments.splice import CapturedSpeech, ToSplice, check, splice, table
 from cache.errors import HearsaeError
 from cache.location import Location, put
 from cache.store import ActivationStore
@@ -57,6 +57,8 @@ class Evaluate(Output, WorkerOptions):
     """With --splice: the first so many clips of the store, or files or rows of --dataset, only."""
     model: str | None = None
     """With --splice: where the store's model is now; default: where it was."""
+    language: str = "en"
+    """With --splice: that a multilingual Whisper is told it hears."""
     device: str = "auto"
     """With --splice: auto, cpu or cuda."""
     out: Location | None = None
@@ -84,7 +86,9 @@ class Evaluate(Output, WorkerOptions):
         if self.splice:
             todo = [ToSplice(folder, config, one["l0"]) for folder, config, one in zip(self.sae, configs, results, strict=True)]
             workers = mapper(self, "splice")
-            spliced = splice(todo, store, self._speech(store, configs), self._model(store), self.splice_everywhere, 0, self.device, workers)
+            spliced = splice(
+                todo, store, self._speech(store, configs), self._model(store), self.splice_everywhere, 0, self.language, self.device, workers
+            )
             results = [one | {"splice": of_one} for one, of_one in zip(results, spliced, strict=True)]
         result: dict[str, Any] = {"results": results}
         if self.baselines and train_store:
@@ -111,7 +115,13 @@ class Evaluate(Output, WorkerOptions):
             raise HearsaeError("--stability needs at least two SAEs that differ in their seed alone")
         WorkerOptions.check(self)
         if self.splice:
-            check(list(zip(self.sae, configs, strict=True)), store, worker_model(self._model(store), self.device), self._speech(store, configs))
+            check(
+                list(zip(self.sae, configs, strict=True)),
+                store,
+                worker_model(self._model(store), self.device),
+                self._speech(store, configs),
+                self.language,
+            )
         elif self.splice_everywhere or self.dataset or self.limit or self.model:
             raise HearsaeError("--splice-everywhere, --dataset, --limit and --model are of --splice: nothing else runs the model")
         return configs
@@ -124,7 +134,7 @@ class Evaluate(Output, WorkerOptions):
             return Speech(self.dataset, self.split, self.limit)
         if self.split:
             raise HearsaeError("--split is of --dataset: a store has the split that it was made of")
-        return speech_of(store, configs[0].site, self.limit)
+        return CapturedSpeech(str(store.path), None, self.limit, captured=configs[0].site)
 
     def _baselines(
         self, store: ActivationStore, train_store: ActivationStore, configs: Sequence[SaeConfig], results: Sequence[dict[str, Any]]

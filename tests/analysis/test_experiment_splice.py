@@ -9,7 +9,7 @@ from conftest import write_tiny_whisper
 from analysis.experiments.changes import Stretch
 from analysis.experiments.effects import measure
 from analysis.experiments.speech import encode, in_this_process, worker_model
-from analysis.experiments.splice import Spliced, ToSplice, fitted_gain, random_dictionary, speech_of, splice
+from analysis.experiments.splice import CapturedSpeech, Spliced, ToSplice, fitted_gain, random_dictionary, splice
 from analysis.interventions import edit_site
 from cache.location import location
 from cache.store import ActivationStore
@@ -63,11 +63,11 @@ def test_a_trained_sae_recovers_most_and_a_random_dictionary_less(succeeds, root
 
 def test_a_reconstruction_that_is_the_input_changes_no_bit(root):
     loaded, store = worker_model("micro"), ActivationStore.open(root / "S")
-    speech = speech_of(store, SITE, 3)
+    speech = CapturedSpeech(str(root / "S"), None, 3, captured=SITE)
     for site in (SITE, "decoder.blocks.0"):
         for everywhere in (False, True):
             changes = [Spliced(site, str(root / f"exact-{site}"))]
-            outcomes = measure(speech, "micro", "auto", changes, Stretch(everywhere=everywhere), True, speech.clips)
+            outcomes = measure(speech, "micro", "auto", changes, Stretch(everywhere=everywhere), "en", True, speech.clips)
             for before, after in outcomes:
                 assert (after.text, after.loss, after.inside.moved, after.outside.moved) == (before.text, before.loss, 0, 0)
     assert not any(module._forward_hooks for module in loaded.module.modules())
@@ -82,7 +82,7 @@ def test_a_reconstruction_that_is_the_input_changes_no_bit(root):
 def test_padding_stays_as_it_is_unless_it_is_asked_for(root):
     """With padding spliced too, the rows that reach the next block are the reconstructions of all 1500; without, of the clip's own."""
     loaded, sae = worker_model("micro"), load_dictionary(root / "SAE")
-    speech = speech_of(ActivationStore.open(root / "S"), SITE, 1)
+    speech = CapturedSpeech(str(root / "S"), None, 1, captured=SITE)
 
     def by_hand(stop):
         def change(x):
@@ -95,7 +95,9 @@ def test_padding_stays_as_it_is_unless_it_is_asked_for(root):
 
     plain, frames = encode(loaded, speech, speech.clips)[0], speech.clips[0].n_frames
     for everywhere, stop in ((False, frames), (True, 1500)):
-        ((_, after),) = measure(speech, "micro", "auto", [Spliced(SITE, str(root / "SAE"))], Stretch(everywhere=everywhere), False, speech.clips)
+        ((_, after),) = measure(
+            speech, "micro", "auto", [Spliced(SITE, str(root / "SAE"))], Stretch(everywhere=everywhere), "en", False, speech.clips
+        )
         moved = (by_hand(stop) - plain).square().sum(1)
         assert after.inside.moved == pytest.approx(float(moved[:stop].sum()), rel=1e-3)
         assert after.outside.moved == pytest.approx(float(moved[stop:].sum()), rel=1e-3)

@@ -31,7 +31,7 @@ def sae(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def most_active(sae):
-    return activity(Speech("micro", "test", 6), "micro", "auto", f"sae:{sae}", 0, in_this_process).most_active(60)
+    return activity(Speech("micro", "test", 6), "micro", "auto", f"sae:{sae}", 0, "en", in_this_process).most_active(60)
 
 
 def test_a_factor_of_one_leaves_every_transcript_and_the_encoder_as_they_are(succeeds, sae, most_active, tmp_path):
@@ -71,7 +71,7 @@ def test_a_stretch_of_time_is_where_the_edit_holds():
 
     def rows_where(stretch):
         stretch.check(SITE, speech.clips)
-        return [changed for _, changed in measure(speech, "micro", "auto", [change], stretch, False, speech.clips)]
+        return [changed for _, changed in measure(speech, "micro", "auto", [change], stretch, "en", False, speech.clips)]
 
     whole, part, everywhere = (rows_where(stretch) for stretch in (Stretch(), Stretch(0.2, 0.5), Stretch(everywhere=True)))
     for clip, in_clip, in_part, in_all in zip(speech.clips, whole, part, everywhere, strict=True):
@@ -149,9 +149,9 @@ def test_the_loss_of_a_text_is_that_of_its_tokens_and_its_end():
     with torch.no_grad():
         logs = loaded.module.decoder(said[:, :-1], encoded).log_softmax(-1)[0]
     expected = -sum(float(logs[place - 1, said[0, place]]) for place in range(2, said.shape[1]))
-    loss, tokens = text_loss(loaded.module, encoded[0], clip.text)
+    loss, tokens = text_loss(loaded.module, encoded[0], clip.text, loaded.tokenizer())
     assert tokens == said.shape[1] - 2 and loss == pytest.approx(expected, rel=1e-4)
-    other, _ = text_loss(loaded.module, encoded[0], "Nobody said anything of the kind.")
+    other, _ = text_loss(loaded.module, encoded[0], "Nobody said anything of the kind.", loaded.tokenizer())
     assert other > 10 * loss
     assert transcribe_encoded(loaded.module, encoded)[0] == clip.text
 
@@ -159,12 +159,12 @@ def test_the_loss_of_a_text_is_that_of_its_tokens_and_its_end():
 def test_a_text_beyond_what_the_decoder_takes_is_cut(tmp_path):
     loaded = worker_model(str(write_tiny_whisper(tmp_path / "t.pt", n_text_ctx=8)))
     encoded = torch.zeros(1500, 32)
-    assert text_loss(loaded.module, encoded, "one two three four five six seven eight nine ten")[1] == 7
-    assert text_loss(loaded.module, encoded, "one two")[1] == 3
+    assert text_loss(loaded.module, encoded, "one two three four five six seven eight nine ten", loaded.tokenizer())[1] == 7
+    assert text_loss(loaded.module, encoded, "one two", loaded.tokenizer())[1] == 3
 
 
 def test_random_features_match_those_that_they_stand_in_for():
-    known = activity(Speech("micro", "test", 4), "micro", "auto", f"neurons:{SITE}.mlp.1", 0, in_this_process)
+    known = activity(Speech("micro", "test", 4), "micro", "auto", f"neurons:{SITE}.mlp.1", 0, "en", in_this_process)
     chosen = known.most_active(40)[20:]
     sets = known.matched(chosen, 2, seed=0)
     assert sets != known.matched(chosen, 2, seed=1)

@@ -38,6 +38,8 @@ class Ablate(Experiment):
     """Sets of random features that are removed in the same way, where --feature are removed together."""
     seed: int = 0
     """Of the controls, and of a random basis."""
+    language: str = "en"
+    """That a multilingual Whisper is told it hears."""
 
     def report(self) -> Report:
         if (self.features is None) == (self.site is None):
@@ -47,9 +49,13 @@ class Ablate(Experiment):
             assert self.site
             if self.feature or self.each:
                 raise HearsaeError("--feature and --each are of --features, not of --site")
-            return put_out(self.speech, self.model, self.site, self.mode, stretch, self.seed, self.device, self.map_pieces)
+            return put_out(self.speech, self.model, self.site, self.mode, stretch, self.seed, self.language, self.device, self.map_pieces)
         if self.each:
-            return rank(self.speech, self.model, self.features, self.feature, self.top, stretch, self.seed, self.device, self.map_pieces)
+            return rank(
+                self.speech, self.model, self.features, self.feature, self.top, stretch, self.seed, self.language, self.device, self.map_pieces
+            )
         if not self.feature:
             raise HearsaeError("say which features go: --feature N ..., or --each for each of the most active ones")
-        return remove(self.speech, self.model, self.features, self.feature, stretch, self.controls, self.seed, self.device, self.map_pieces)
+        return remove(
+            self.speech, self.model, self.features, self.feature, stretch, self.controls, self.seed, self.language, self.device, self.map_pieces
+        )

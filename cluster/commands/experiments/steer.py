@@ -40,6 +40,8 @@ class Steer(Experiment):
     """Sets of random features, as active as these, that are edited in the same way."""
     seed: int = 0
     """Of the controls, and of a random basis."""
+    language: str = "en"
+    """That a multilingual Whisper is told it hears."""
 
     def report(self) -> Report:
         given = [(how, getattr(self, how)) for how in self.HOWS if getattr(self, how)]
@@ -48,5 +50,16 @@ class Steer(Experiment):
         how, amounts = given[0]
         stretch = Stretch(self.start, self.end, self.everywhere)
         return steer(
-            self.speech, self.model, self.features, self.feature, how, amounts, stretch, self.controls, self.seed, self.device, self.map_pieces
+            self.speech,
+            self.model,
+            self.features,
+            self.feature,
+            how,
+            amounts,
+            stretch,
+            self.controls,
+            self.seed,
+            self.language,
+            self.device,
+            self.map_pieces,
         )
