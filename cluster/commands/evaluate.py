@@ -86,9 +86,8 @@ class Evaluate(Output, WorkerOptions):
         if self.splice:
             todo = [ToSplice(folder, config, one["l0"]) for folder, config, one in zip(self.sae, configs, results, strict=True)]
             workers = mapper(self, "splice")
-            spliced = splice(
-                todo, store, self._speech(store, configs), self._model(store), self.splice_everywhere, 0, self.language, self.device, workers
-            )
+            speech, model = self._speech(store, configs), self._model(store)
+            spliced = splice(todo, store, speech, model, self.splice_everywhere, language=self.language, device=self.device, map_pieces=workers)
             results = [one | {"splice": of_one} for one, of_one in zip(results, spliced, strict=True)]
         result: dict[str, Any] = {"results": results}
         if self.baselines and train_store:

@@ -45,17 +45,14 @@ class Ablate(Experiment):
         if (self.features is None) == (self.site is None):
             raise HearsaeError("give either --features or --site")
         stretch = Stretch(self.start, self.end, self.everywhere)
+        where = (self.language, self.device, self.map_pieces)
         if self.features is None:
             assert self.site
             if self.feature or self.each:
                 raise HearsaeError("--feature and --each are of --features, not of --site")
-            return put_out(self.speech, self.model, self.site, self.mode, stretch, self.seed, self.language, self.device, self.map_pieces)
+            return put_out(self.speech, self.model, self.site, self.mode, stretch, self.seed, *where)
         if self.each:
-            return rank(
-                self.speech, self.model, self.features, self.feature, self.top, stretch, self.seed, self.language, self.device, self.map_pieces
-            )
+            return rank(self.speech, self.model, self.features, self.feature, self.top, stretch, self.seed, *where)
         if not self.feature:
             raise HearsaeError("say which features go: --feature N ..., or --each for each of the most active ones")
-        return remove(
-            self.speech, self.model, self.features, self.feature, stretch, self.controls, self.seed, self.language, self.device, self.map_pieces
-        )
+        return remove(self.speech, self.model, self.features, self.feature, stretch, self.controls, self.seed, *where)

@@ -48,18 +48,5 @@ class Steer(Experiment):
         if len(given) != 1:
             raise HearsaeError(f"give one of --{', --'.join(self.HOWS)} with its amounts, and no more than one")
         how, amounts = given[0]
-        stretch = Stretch(self.start, self.end, self.everywhere)
-        return steer(
-            self.speech,
-            self.model,
-            self.features,
-            self.feature,
-            how,
-            amounts,
-            stretch,
-            self.controls,
-            self.seed,
-            self.language,
-            self.device,
-            self.map_pieces,
-        )
+        stretch, where = Stretch(self.start, self.end, self.everywhere), (self.language, self.device, self.map_pieces)
+        return steer(self.speech, self.model, self.features, self.feature, how, amounts, stretch, self.controls, self.seed, *where)
