@@ -150,3 +150,9 @@ def test_what_cannot_be_spliced_is_refused(refused, root, tmp_path):
     transcoder = Dictionary(SaeConfig(arch="topk", d_in=96, d_sae=96, k=4, site=SITE, target=SITE, model_sha256=sha256))
     transcoder.save(tmp_path / "transcoder")
     assert "is a transcoder" in says("--sae", tmp_path / "transcoder", "--splice")
+
+
+@pytest.mark.cluster
+def test_workers_find_what_this_process_finds(succeeds, root):
+    run = ("evaluate", "--sae", root / "SAE", "--store", root / "S", "--splice", "--limit", 18)
+    assert succeeds(*run, "--workers", 2)["results"] == succeeds(*run, "--no-ray")["results"]
