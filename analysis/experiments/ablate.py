@@ -71,10 +71,10 @@ def rank(
     if not by_loss and not steerable.site.startswith("encoder."):
         raise HearsaeError(f"{speech.dataset} has no texts, without which the damage of a feature of {steerable.site} can't be told: give some")
 
-    known = activity(speech, model, device, features, seed, language, map_pieces)
+    known = activity(speech, model, device, steerable.spec, seed, language, map_pieces)
     chosen = tuple(dict.fromkeys(feature)) or known.most_active(top)
     others = known.random(chosen, len(chosen), seed)
-    changes = [Steered(steerable.site, features, (Edit((one,), "scale", 0.0),), device, seed) for one in (*chosen, *others)]
+    changes = [Steered(steerable.site, steerable.spec, (Edit((one,), "scale", 0.0),), device, seed) for one in (*chosen, *others)]
     found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, False), speech.pieces())
     unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
     rows = [

@@ -132,10 +132,10 @@ def check(todo: Sequence[tuple[Location, SaeConfig]], store: ActivationStore, mo
             f"{store.path} holds activations of another model ({theirs}) than {model.name} ({model.sha256[:12]}): give its own --model"
         )
     check_language(model, language)
+    sites = [check_sae(folder, config, model) for folder, config in todo]
     if not speech.clips:
-        raise HearsaeError(f"{speech.dataset} has no clips of {todo[0][1].site}")
-    for folder, config in todo:
-        site = check_sae(folder, config, model)
+        raise HearsaeError(f"{speech.dataset} has no clips of {sites[0].name}")
+    for site in sites:
         if site.needs_decoder and not any(clip.text for clip in speech.clips):
             raise HearsaeError(f"{site.name} is in the decoder, and no clip of {speech.dataset} has a text: without one there is nothing to measure")
 
@@ -166,7 +166,7 @@ def splice(
     for one in saes:
         k, mean = max(1, round(one.l0)), store.stats(one.config.site).mean
         gain = fitted_gain(one.config, k, mean, _some_rows(store, one.config.site), seed)
-        folder = str(one.folder)
+        folder = str(one.folder.absolute())  # workers may be elsewhere
         changes += [Spliced(one.config.site, folder), RandomlySpliced(one.config, k, mean, gain, seed)]
         names += [(folder, "spliced"), (folder, "random")]
     found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
@@ -176,7 +176,7 @@ def splice(
     has_decoder = worker_model(model, device).has_decoder
     results = []
     for one in saes:
-        site, folder = one.config.site, str(one.folder)
+        site, folder = one.config.site, str(one.folder.absolute())
         effects = {
             "original": original,
             "spliced": by_name[folder, "spliced"],

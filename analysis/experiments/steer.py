@@ -19,6 +19,8 @@ from cache.model import LoadedModel
 
 CONTROLS = 3
 """Sets of random features."""
+SHOWN_CLIPS = 3
+"""So many clips at most have their transcripts on the terminal."""
 ENCODER_OUTPUT = "encoder output"
 THEIRS, RANDOM_FEATURES, RANDOM_DIRECTION = "the features", "random features", "random direction"
 MEANING = {"scale": "multiplied by", "set": "set to", "add": "raised by", "clamp": "held at or below"}
@@ -59,11 +61,11 @@ def steer(
     stretch.check(steerable.site, speech.clips)
     check_language(loaded, language)
 
-    known = activity(speech, model, device, features, seed, language, map_pieces)
+    known = activity(speech, model, device, steerable.spec, seed, language, map_pieces)
     others = known.matched(chosen, controls, seed)
     names, changes = [], []
     for amount in amounts:
-        edits: list[Change] = [Steered(steerable.site, features, (Edit(one, how, amount),), device, seed) for one in (chosen, *others)]
+        edits: list[Change] = [Steered(steerable.site, steerable.spec, (Edit(one, how, amount),), device, seed) for one in (chosen, *others)]
         changes += [*edits, SameSize(edits[0], seed)]
         names += [(amount, kind) for kind in (THEIRS, *[RANDOM_FEATURES] * controls, RANDOM_DIRECTION)]
     found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
@@ -118,7 +120,7 @@ def steer(
             "Effects": without_empty([{"change": name, "of": kind, **as_row(one)} for name, kinds in effects.items() for kind, one in kinds.items()]),
             "Transcripts that changed": examples([row for row in rows if row["of"] == THEIRS]),
         },
-        lines=lines(summary, effects),
+        lines=[*lines(summary, effects), *written([row for row in rows if row["of"] == THEIRS])],
     )
 
 
@@ -157,3 +159,15 @@ def lines(summary: dict[str, Any], effects: dict[str, dict[str, Any]]) -> list[s
     own, theirs = summary["mean_abs"], summary["control"]["mean_abs"]
     matched = f"  random features: {len(theirs)} sets, means over them; mean |value| {sum(theirs) / len(theirs):.3g}, of the features {own:.3g}"
     return [*out, *in_lines({"unchanged": summary["unchanged"]} | named), matched]
+
+
+def written(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Transcripts for the terminal, where there are few clips."""
+    clips = dict.fromkeys(row["clip"] for row in rows)
+    if len(clips) > SHOWN_CLIPS or any(row["after"] is None for row in rows):
+        return []
+    out = []
+    for clip in clips:
+        of_clip = [row for row in rows if row["clip"] == clip]
+        out += [f"  {of_clip[0]['source']}: {of_clip[0]['before']}", *(f"    {row['change']}: {row['after']}" for row in of_clip)]
+    return out

@@ -150,6 +150,9 @@ def test_what_cannot_be_spliced_is_refused(refused, root, tmp_path):
     transcoder = Dictionary(SaeConfig(arch="topk", d_in=96, d_sae=96, k=4, site=SITE, target=SITE, model_sha256=sha256))
     transcoder.save(tmp_path / "transcoder")
     assert "is a transcoder" in says("--sae", tmp_path / "transcoder", "--splice")
+    crosscoder = Dictionary(SaeConfig(arch="topk", d_in=192, d_sae=96, k=4, site=f"{SITE}+{SITE}", widths=(96, 96), model_sha256=sha256))
+    crosscoder.save(tmp_path / "crosscoder")
+    assert "is a crosscoder" in says("--sae", tmp_path / "crosscoder", "--splice")
 
 
 @pytest.mark.cluster
