@@ -25,7 +25,7 @@ class Bigrams(NamedTuple):
 
 def texts_of(speech: Speech) -> list[str]:
     """The texts of a dataset, one for each of its rows. Raises HearsaeError where it has none."""
-    columns = [speech.table[name].to_pylist() for name in ("source", "source_row", "source_text")]
+    columns = [speech.plan.clips[name].to_pylist() for name in ("source", "source_row", "source_text")]
     texts = {(source, row): text for source, row, text in zip(*columns, strict=True) if text}
     if not texts:
         raise HearsaeError(f"{speech.dataset} has no texts: give --corpus FILE, or a dataset with a column 'text'")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cache.audio import Source, open_source
-from cache.errors import HearsaeError, ModelError
+from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import FRAME_SECONDS, SAMPLE_RATE
 from cache.model import LoadedModel, fast_matmul, load_model, log_mel
 from cache.plan import Plan, make_plan
@@ -52,6 +52,8 @@ class Speech:
     """Configuration of a hub dataset."""
     clip_seconds: float = 30.0
     """Longer audio is cut into clips of this length; at most the model's window."""
+    decode_first: bool = False
+    """Decode every clip beforehand, and leave out those that can't be: little beside what is done with them, and nothing stops in the middle."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -69,12 +71,33 @@ class Speech:
     @property
     def table(self) -> pa.Table:
         """As clips.parquet of a store (docs/store.md), with every column that the dataset has. Raises HearsaeError as `plan` does."""
-        return self.plan.clips
+        return self._readable[0]
+
+    @property
+    def skipped(self) -> list[str]:
+        """What was left out, each with its reason; nothing as long as nobody asked for clips."""
+        return vars(self)["_readable"][1] if "_readable" in vars(self) else []
+
+    @cached_property
+    def _readable(self) -> tuple[pa.Table, list[str]]:
+        planned = self.plan.clips
+        skipped = [f"{row['source']} (row {row['source_row']}): {row['reason']}" for row in self.plan.skipped.to_pylist()]
+        if not self.decode_first:
+            return planned, skipped
+        kept = []
+        for clip in _clips_of(planned):
+            try:
+                self.read(clip)
+                kept.append(clip.clip)
+            except SourceError as error:
+                skipped.append(f"{clip.source} (row {clip.source_row}): {error}")
+        if not kept:
+            raise HearsaeError(f"none of the audio in {self.dataset} can be decoded ({skipped[0]})")
+        return planned.take(kept).set_column(0, "clip", pa.array(range(len(kept)), pa.int64())), skipped
 
     @cached_property
     def clips(self) -> list[Clip]:
-        rows = self.table.select(list(Clip._fields)).to_pylist()
-        return [Clip(**row) for row in rows]
+        return _clips_of(self.table)
 
     def pieces(self, size: int = PIECE_CLIPS) -> list[list[Clip]]:
         """All clips, in order, `size` at a time."""
@@ -90,6 +113,10 @@ class Speech:
         if without:
             raise HearsaeError(f"{without[0].source} has no transcript ({len(without)} of {len(self.clips)} clips): give the dataset a column 'text'")
         return [clip.text or "" for clip in self.clips]
+
+
+def _clips_of(table: pa.Table) -> list[Clip]:
+    return [Clip(**row) for row in table.select(list(Clip._fields)).to_pylist()]
 
 
 class Mapper(Protocol):

@@ -49,6 +49,21 @@ def test_a_single_file_is_enough(succeeds, tmp_path):
     assert result["rows"][0]["text"] and result["summary"]["control"] is None
 
 
+def test_a_clip_that_cannot_be_decoded_is_left_out_and_named(succeeds, tmp_path):
+    from cache import micro
+
+    files = sorted((micro.SPEECH / "test").glob("*.flac"))[:3]
+    lines = [json.dumps({"file_name": file.name, "text": "words"}) + "\n" for file in files]
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "speech" / "metadata.jsonl").write_text("".join(lines))
+    for file in files:
+        data = file.read_bytes()
+        (tmp_path / "speech" / file.name).write_bytes(data if file != files[1] else data[: len(data) // 2])
+    result = succeeds("experiment", "window", "--dataset", tmp_path / "speech", "--k", "1500", "--no-ray", "--out", tmp_path / "report")
+    assert [row["source"] for row in result["rows"]] == [files[0].name, files[2].name]
+    assert len(result["skipped"]) == 1 and files[1].name in result["skipped"][0]
+
+
 def test_what_cannot_be_done_is_refused_before_there_is_work(refused, tiny_whisper, tmp_path):
     encoder = tiny_whisper(tmp_path / "encoder.pt", encoder_only=True)
     assert "encoder without a decoder" in refused("experiment", "window", "--model", encoder, "--out", tmp_path / "a")

@@ -17,6 +17,9 @@ from cluster.commands import Output
 from cluster.shards import reduce_shards
 from cluster.workers import WorkerOptions, session
 
+NAMED = 5
+"""Clips that could not be read that are named to people."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Output, WorkerOptions):
@@ -46,9 +49,9 @@ class Experiment(Output, WorkerOptions):
         """Where the report goes."""
         return self.out or Path(f"hearsae-{self.NAME}")
 
-    @property
+    @cached_property
     def speech(self) -> Speech:
-        return Speech(self.dataset, self.split, self.limit)
+        return Speech(self.dataset, self.split, self.limit, decode_first=True)
 
     @property
     def map_pieces(self) -> Mapper:
@@ -69,7 +72,9 @@ class Experiment(Output, WorkerOptions):
         index = write_report(report, out, asdict(self))
         rows = report.rows.to_pylist() if hasattr(report.rows, "to_pylist") else list(report.rows)
         numbers = {"dir": str(out), "index": str(index.resolve()), "seconds": time.perf_counter() - begin}
-        return {"rows": rows, "summary": report.summary, "lines": list(report.lines), **numbers}
+        skipped = self.speech.skipped
+        lines = [*report.lines, *([f"{len(skipped)} skipped:"] if skipped else []), *(f"  {reason}" for reason in skipped[:NAMED])]
+        return {"rows": rows, "summary": report.summary, "lines": lines, "skipped": skipped, **numbers}
 
     def summary(self, result: dict[str, Any]) -> str:
         return "\n".join([*result["lines"], f"in {result['seconds']:.1f} s; the report: {result['index']}"])

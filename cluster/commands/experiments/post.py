@@ -26,6 +26,7 @@ from analysis.transcribe import transcribe
 from cache import micro
 from cache.capture import CaptureConfig
 from cache.errors import HearsaeError
+from cache.location import put
 from cache.store import ActivationStore
 from cache.timings import has_timings
 from cluster.commands.align import Align
@@ -203,7 +204,7 @@ class Post(Experiment):
             if other:
                 raise HearsaeError(f"{self.folder} holds a report made with {', '.join(other)}: choose another --out, or give the same")
         self.folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"experiment": "Interpreting Whisper", "settings": asked}), encoding="utf-8")
+        put(record, json.dumps({"experiment": "Interpreting Whisper", "settings": asked}).encode())
 
     def _section(self, name: str, heading: str, make: Callable[[], Report]) -> dict[str, Any]:
         """Makes a section unless it is there. What can't be made here, because the model or the data lack something, says so instead."""
@@ -229,7 +230,7 @@ class Post(Experiment):
                 parts.append(f"<h2>{escape(heading)}</h2><p>Not run: {escape(done[name]['reason'])}</p>")
         if (self.folder / EXPLORER / PAGE).is_file():
             parts.append(f'<p><a href="{EXPLORER}/{PAGE}">Look at and listen to every neuron and latent</a></p>')
-        (self.folder / PAGE).write_text(page(f"Interpreting Whisper: {self.model} on {self.dataset}", parts), encoding="utf-8")
+        put(self.folder / PAGE, page(f"Interpreting Whisper: {self.model} on {self.dataset}", parts).encode())
 
     def _say(self, line: str) -> None:
         if not self.json:
