@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "bigrams": ("Bigrams", "what the decoder expects next when it hears nothing"),
     "neighbours": ("Neighbours", "whether words with similar embeddings sound or mean alike"),
     "steer": ("Steer", "what is written when features are scaled, set, added to or limited"),
+    "sonify": ("Sonify", "the sound that excites a feature most, found by gradient ascent"),
     "ablate": ("Ablate", "what is lost without features, or without a site; a ranking of features"),
     "erase": ("Erase", "how many features carry a concept: sparse probes, and erasing it, on held-out speakers"),
 }
