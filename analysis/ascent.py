@@ -1,7 +1,7 @@
 """The sound that excites a feature most: gradient ascent on the log-mel spectrogram that Whisper gets.
 
-What is climbed is the mean score of a feature (`analysis.ascent_targets`) over a short span in the middle of a stretch of sound, in units of the score's
-standard deviation on real speech, less what makes a spectrogram unlike sound: its total variation over time and over frequency, and its
+What is climbed is the mean score of a feature (`analysis.ascent_targets`) over a short span in the middle of a stretch of sound, in units of the
+score's standard deviation on real speech, less what makes a spectrogram unlike sound: its total variation over time and over frequency, and its
 distance from silence. Every step shifts the sound a little in time, so that nothing hangs on one alignment with the window.
 
 The input stays one that Whisper's front end could make. Its log-mels span 8 decades of power below their loudest point, 2 units of Whisper's
