@@ -23,6 +23,9 @@ from cache.plan import SAMPLES_PER_FRAME
 
 FEATURE, DIRECTION, WEIGHTS = "feature", "random direction", "random weights"
 """What is climbed: the feature, and the two controls."""
+LEAST_ACTIVE = 0.01
+"""Standard deviations of its score by which a feature's strongest moment must pass its mean for a gain to have a meaning: a GELU may be shut
+throughout."""
 SHORTEST_PADDING = 3
 """Frames behind the sound that a window must have: what a trimmed window keeps."""
 
@@ -289,7 +292,8 @@ def _row(work: Work, climb: Climb, real: Real, done: Climbed, sign: int) -> dict
     mean, strongest = sign * real.mean_value, sign * real.strongest
 
     def gain(value: float) -> float | None:
-        return (value - mean) / (strongest - mean) if strongest != mean else None
+        is_ever_active = abs(strongest - mean) > LEAST_ACTIVE * real.spread
+        return (value - mean) / (strongest - mean) if is_ever_active else None
 
     clip = next(clip for clip in work.speech.clips if clip.clip == real.clip)
     return {
