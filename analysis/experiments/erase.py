@@ -226,13 +226,13 @@ def _erasure_figure(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> 
     axes.set(xlabel="features removed", ylabel="balanced accuracy, held out", ylim=(0.4, 1.02), xlim=(-0.1, most * 1.3))
     axes.axhline(0.5, color="0.7", linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside lower center")
     return figure
 
 
 def _sparse_figure(summary: dict[str, Any]) -> Any:
     bases = summary["bases"]
-    figure = new_figure(8.0, 3.8)
+    figure = new_figure()
     axes = figure.subplots()
     ks = [*next(iter(bases.values()))["by_k"], "all"]
     width = 0.8 / (len(bases) * 3)
@@ -251,7 +251,7 @@ def _sparse_figure(summary: dict[str, Any]) -> Any:
     axes.set(xlabel="features that the probe looks at", ylabel="balanced accuracy, held out", ylim=(0.4, 1.02))
     axes.axhline(0.5, color="0.7", linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7, ncols=len(bases), loc="upper left", bbox_to_anchor=(0, 1.22))
+    figure.legend(frameon=False, fontsize=8, ncols=len(bases), loc="outside lower center")
     return figure
 
 
