@@ -38,6 +38,15 @@ def micro_audio(count: int, split: str = "test") -> list[np.ndarray]:
     return [soundfile.read(file, dtype="float32")[0] for file in sorted((micro.SPEECH / split).glob("*.flac"))[:count]]
 
 
+def nearly(value: Any) -> Any:
+    """JSON to compare with `==`, whose numbers need not be the same to the last digit: products round differently with other threads."""
+    if isinstance(value, dict):
+        return {name: nearly(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [nearly(one) for one in value]
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value
+
+
 def plan_of(seconds: list[float], **settings) -> Plan:
     """A plan of sources of these durations, `s0.wav`, `s1.wav`, ... with texts `words of s0`, ... by speakers a, b, c in turn."""
     items = [SourceItem(f"s{i}.wav", 0, round(s * 16000), text=f"words of s{i}", speaker="abc"[i % 3]) for i, s in enumerate(seconds)]

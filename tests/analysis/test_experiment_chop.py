@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import nearly
 
 from analysis.experiments.bootstrap import ratio_interval
 from analysis.experiments.chop import Cut, drawn, elsewhere, find_trials, outcome, rates
@@ -90,7 +91,7 @@ def test_on_ray_the_rows_are_the_same(succeeds, tmp_path):
     arguments = ("experiment", "chop", "--split", "test", "--limit", "20", "--trials", "20", "--out", tmp_path / "report")
     here, there = succeeds(*arguments, "--no-ray"), succeeds(*arguments, "--workers", "2")
     assert len(here["rows"]) == 20
-    assert here["rows"] == there["rows"] and here["summary"] == there["summary"]
+    assert here["rows"] == nearly(there["rows"]) and here["summary"] == nearly(there["summary"])
 
 
 # Where times come from
@@ -150,6 +151,7 @@ def test_times_are_of_the_file_though_the_clip_begins_later(succeeds, tmp_path, 
         assert row["frames"] == list(word_frames(max(0.1, start) - 0.1, end - 0.1, 2))
 
 
+@pytest.mark.slow
 def test_the_times_that_transcribe_finds_are_good_enough(succeeds, tmp_path):
     manifest = tmp_path / "heard.jsonl"
     succeeds("transcribe", "--dataset", "micro", "--split", "test", "--limit", "12", "--model", "micro", "--out", manifest, "--no-ray")

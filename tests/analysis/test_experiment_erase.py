@@ -190,6 +190,7 @@ def micro_store(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_micro_hears_an_s_whoever_says_it(micro_store, succeeds, tmp_path):
     result = succeeds("experiment", "erase", "--store", micro_store, "--features", "neurons:encoder.blocks.2", "--concept", "phone:S", "--no-ray",
                       "--out", tmp_path / "r")["summary"]  # fmt: skip

@@ -144,6 +144,7 @@ def test_the_inputs_found_for_neurons_go_far_beyond_real_speech_and_so_does_thei
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"gains", "neuron-5", "neuron-40", "neuron-113"}
 
 
+@pytest.mark.slow
 def test_the_reported_values_are_those_of_the_sound_on_the_page(succeeds, tmp_path, micro):
     result = succeeds("experiment", "sonify", *QUICK, "--features", f"neurons:{SITE}", "--feature", "40", "--out", tmp_path / "report")
     settings = AscentSettings(seconds=0.6)

@@ -109,6 +109,7 @@ def test_a_whole_site_is_put_out(succeeds, tmp_path):
     assert zero["ablated"]["ce_change"] > 0.5 and zero["ablated"]["output"]["inside"] is None
 
 
+@pytest.mark.slow
 def test_a_decoder_site_is_steered_at_all_tokens(succeeds, refused, tmp_path):
     edit = ("--features", "neurons:decoder.blocks.1", "--feature", *range(20), "--add", "50", "--controls", "1", "--out", tmp_path / "r")
     summary = succeeds("experiment", "steer", *CLIPS, *edit, "--limit", 2)["summary"]

@@ -7,14 +7,12 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, request):
+def done(tmp_path_factory):
     from cluster.cli import main
 
     out = tmp_path_factory.mktemp("window") / "report"
-    assert (
-        main(["experiment", "window", "--split", "test", "--limit", "16", "--k", "1500", "50", "10", "--by-block", "--no-ray", "--out", str(out)])
-        == 0
-    )
+    speech = ["--split", "test", "--limit", "10", "--no-ray"]
+    assert main(["experiment", "window", *speech, "--k", "1500", "50", "10", "--by-block", "--out", str(out)]) == 0
     return json.loads((out / "result.json").read_text())["summary"], pq.read_table(out / "rows.parquet").to_pylist()
 
 
@@ -22,7 +20,7 @@ def test_a_window_of_all_positions_is_exactly_the_model_as_it_is(done):
     summary, rows = done
     assert summary["by_k"]["1500"] == summary["unlimited"]
     whole = [row for row in rows if row["k"] == 1500]
-    assert len(whole) == 16 * 5
+    assert len(whole) == 10 * 5
     assert all(row["after"] == row["before"] for row in whole)
 
 

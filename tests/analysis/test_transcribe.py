@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from conftest import micro_audio
+from conftest import micro_audio, nearly
 from whisper.timing import find_alignment
 from whisper.tokenizer import get_tokenizer
 
@@ -207,9 +207,11 @@ def test_what_the_dataset_says_of_a_clips_language_holds_where_none_is_named(suc
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_workers_write_the_same_manifest(folder, tmp_path):
     run("transcribe", "--dataset", "micro", "--split", "test", "--limit", CLIPS, "--model", "micro", "--out", tmp_path / "a.jsonl", "--workers", 2)
-    assert (tmp_path / "a.jsonl").read_bytes() == (folder / "test.jsonl").read_bytes()
+    lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in (tmp_path / "a.jsonl", folder / "test.jsonl")]
+    assert lines[0] == nearly(lines[1])
 
 
 def test_a_manifest_may_lie_in_an_object_store(succeeds, s3):
