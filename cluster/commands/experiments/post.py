@@ -221,7 +221,7 @@ class Post(Experiment):
         return {"summary": report.summary, "lines": list(report.lines)}
 
     def _write_page(self, done: Mapping[str, Mapping[str, Any]]) -> None:
-        parts = []
+        parts = [f"<p>{escape(self._about())}</p>"]
         for name, (heading, _) in self._sections().items():
             fragment = self.folder / name / FRAGMENT
             if fragment.is_file():
@@ -231,6 +231,17 @@ class Post(Experiment):
         if (self.folder / EXPLORER / PAGE).is_file():
             parts.append(f'<p><a href="{EXPLORER}/{PAGE}">Look at and listen to every neuron and latent</a></p>')
         put(self.folder / PAGE, page(f"Interpreting Whisper: {self.model} on {self.dataset}", parts).encode())
+
+    def _about(self) -> str:
+        clips = self.speech.clips
+        minutes = sum(clip.duration_s for clip in clips) / 60
+        about = f"What the blog post asked of Whisper (2023), asked of {self.model} on {self.dataset}: {len(clips)} clips, {minutes:.1f} minutes. "
+        about += "Each section has its control: what random weights, random directions, shuffled labels or another place would show."
+        if micro.NAME in (self.model, self.dataset):
+            about += (
+                " micro was trained to behave as the post describes: with it this page shows that the experiments work, and nothing about Whisper."
+            )
+        return about
 
     def _say(self, line: str) -> None:
         if not self.json:
