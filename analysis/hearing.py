@@ -124,6 +124,8 @@ class Sounds:
         for held_out, clips in zip((False, True), self._halves, strict=True):
             found += [Item(SPEECH, clip, held_out, self.speech.clips[clip].text) for clip in clips]
         if self.nonspeech is not None:
+            if len(self.nonspeech.clips) < 2:
+                raise HearsaeError(f"{self.nonspeech.dataset} has one clip, and at least 2 are needed: half of them are held out")
             return found + [Item(RECORDED, clip.clip, clip.clip % 2 == 1, None) for clip in self.nonspeech.clips]
         return found + [Item(kind, number, number % 2 == 1, None) for kind in self.kinds for number in range(self.per_kind)]
 

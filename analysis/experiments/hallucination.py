@@ -27,8 +27,8 @@ NS = (5, 50)
 """Features steered."""
 ADDED = (0.5, 1.0, 2.0)
 """Times the difference of means, added to each feature: 1 takes the mean of speech to that of the sounds."""
-SCALED = (2.0, 4.0)
-"""Factors of the value of features that are stronger in the sounds than in speech. Where such a feature is silent nothing changes."""
+SCALED = (0.0, 2.0)
+"""Factors of the value of features that are stronger in the sounds than in speech; 0 removes them. Where such a feature is silent nothing changes."""
 WER_BUDGET = 0.01
 """How much the word error rate of speech may rise on the training half, in absolute terms."""
 RANDOM_DRAWS = 3
@@ -104,7 +104,8 @@ def hallucination(
     final = [(name, one.steer) for name, one in chosen.items() if one is not None]
     if chosen["features"] is not None:
         usable = np.flatnonzero(np.abs(values).max(0) > 0)
-        final += [(f"random {draw}", at_random(chosen["features"].steer, usable, seed + draw)) for draw in range(RANDOM_DRAWS)]
+        drawn = [at_random(chosen["features"].steer, usable, seed + draw) for draw in range(RANDOM_DRAWS)]
+        final += [(f"random {draw}", steer) for draw, steer in enumerate(drawn) if steer is not None]
     heard = listen([steer for _, steer in final], held_out)
     trials = [Trial(name, steer, one) for (name, steer), one in zip(final, heard, strict=True)]
     outcome = Outcome(items, before, wrong, tried, chosen, budget, trials)
@@ -172,14 +173,15 @@ def of_vector(site: str, vector: np.ndarray, amount: float) -> Steer:
     return Steer("vector", f"neurons:{site}", "add", len(vector), amount, edits)
 
 
-def at_random(steer: Steer, usable: np.ndarray, seed: int) -> Steer:
-    """The same edits of as many features, drawn from those that are ever active."""
-    old = [feature for edit in steer.edits for feature in edit.features]
+def at_random(steer: Steer, usable: np.ndarray, seed: int) -> Steer | None:
+    """The same edits of as many other features, drawn from those that are ever active. None where there are not as many."""
+    old = list(dict.fromkeys(feature for edit in steer.edits for feature in edit.features))
     others = np.setdiff1d(usable, old)
-    drawn = np.random.default_rng(seed).choice(others, min(len(old), len(others)), replace=False)
-    new = dict(zip(old, drawn.tolist(), strict=False))
-    edits = tuple(edit._replace(features=tuple(new[feature] for feature in edit.features if feature in new)) for edit in steer.edits)
-    return steer._replace(basis="random", edits=tuple(edit for edit in edits if edit.features))
+    if len(others) < len(old):
+        return None
+    new = dict(zip(old, np.random.default_rng(seed).choice(others, len(old), replace=False).tolist(), strict=True))
+    edits = tuple(edit._replace(features=tuple(new[feature] for feature in edit.features)) for edit in steer.edits)
+    return steer._replace(basis="random", edits=edits)
 
 
 def best_of(tried: Sequence[Candidate], most_wer: float) -> Candidate | None:

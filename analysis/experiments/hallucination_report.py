@@ -75,6 +75,7 @@ def hallucination_report(outcome: Outcome, sounds: Sounds, settings: dict[str, A
         "unsteered_by_kind": _by_kind(items, outcome.before, kinds, rule),
         "training": {
             "hallucinated_on": len(outcome.wrong),
+            "unsteered": _unsteered_share(outcome),
             "most_wer": outcome.most_wer,
             "candidates": [_candidate(one) for one in outcome.tried],
         },
@@ -168,6 +169,11 @@ def _mean(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _candidate(one: Candidate) -> Row:
     steer = one.steer
     return {"basis": steer.basis, "n": steer.n, "how": steer.how, "amount": steer.amount, "false_detections": one.false_detections, "wer": one.wer}
+
+
+def _unsteered_share(outcome: Outcome) -> float:
+    """False detections of the training half without steering."""
+    return len(outcome.wrong) / sum(not item.held_out and not item.is_speech for item in outcome.items)
 
 
 def _features(steer: Steer) -> list[int]:
@@ -304,6 +310,9 @@ def _lines(summary: dict[str, Any], shown: dict[str, dict[str, Any]], rule: Rule
         some = ", ".join(map(str, one["features"][:6])) + (" ..." if len(one["features"]) > 6 else "")
         what = f"{one['n']} ({some}), {one['how']} {one['amount']:g}" if one["features"] else f"{one['how']} {one['amount']:g}"
         lines.append(f"  {WORDS[name]}: {what}; false {one['false_detections']:.0%}, WER {one['wer']:.1%}")
+    fewest = min((one["false_detections"] for one in summary["chosen"].values() if one), default=1.0)
+    if fewest >= summary["training"]["unsteered"]:
+        lines.append(f"  no way of steering within the budget has fewer false detections than none ({summary['training']['unsteered']:.0%})")
     lines += [
         f"held out, {held_out['sounds']} sounds and {held_out['speech']} clips of speech:",
         f"  {'':24}{'false':>6}  {'by no_speech':>12}  {'words/min':>9}  {'WER':>6}  {'ins.':>5}  {'del.':>5}  {'subst.':>6}",
@@ -313,4 +322,6 @@ def _lines(summary: dict[str, Any], shown: dict[str, dict[str, Any]], rule: Rule
             f"  {WORDS[name]:24}{one['false_detections']:6.0%}  {one['by_no_speech_alone']:12.0%}  {one['words_per_minute']:9.0f}  {one['wer']:6.1%}"
             f"  {one['insertions']:5.3g}  {one['deletions']:5.3g}  {one['substitutions']:6.3g}"
         )
+    if "features" in shown and "random" not in shown:
+        lines.append("  no control: there are not as many other features as were steered; use a smaller --n")
     return lines
