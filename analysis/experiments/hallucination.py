@@ -33,6 +33,8 @@ WER_BUDGET = 0.01
 """How much the word error rate of speech may rise on the training half, in absolute terms."""
 RANDOM_DRAWS = 3
 """Sets of random features that the control steers."""
+MATCHED = 10
+"""Features of like size that each random one is drawn from."""
 PIECE_ITEMS = 32
 """Sounds or clips that a worker is given at once: as many as are decoded at once."""
 
@@ -103,8 +105,7 @@ def hallucination(
     }
     final = [(name, one.steer) for name, one in chosen.items() if one is not None]
     if chosen["features"] is not None:
-        usable = np.flatnonzero(np.abs(values).max(0) > 0)
-        drawn = [at_random(chosen["features"].steer, usable, seed + draw) for draw in range(RANDOM_DRAWS)]
+        drawn = [at_random(chosen["features"].steer, np.abs(of_sounds).mean(0), seed + draw) for draw in range(RANDOM_DRAWS)]
         final += [(f"random {draw}", steer) for draw, steer in enumerate(drawn) if steer is not None]
     heard = listen([steer for _, steer in final], held_out)
     trials = [Trial(name, steer, one) for (name, steer), one in zip(final, heard, strict=True)]
@@ -173,13 +174,21 @@ def of_vector(site: str, vector: np.ndarray, amount: float) -> Steer:
     return Steer("vector", f"neurons:{site}", "add", len(vector), amount, edits)
 
 
-def at_random(steer: Steer, usable: np.ndarray, seed: int) -> Steer | None:
-    """The same edits of as many other features, drawn from those that are ever active. None where there are not as many."""
+def at_random(steer: Steer, sizes: np.ndarray, seed: int) -> Steer | None:
+    """The same edits of as many other features: in place of each one of the MATCHED that come closest to it in size, or as many as there are.
+
+    sizes: [features], mean |value| in the sounds; where it is 0 a feature is not drawn. None where there are not as many others.
+    """
+    random = np.random.default_rng(seed)
     old = list(dict.fromkeys(feature for edit in steer.edits for feature in edit.features))
-    others = np.setdiff1d(usable, old)
+    others = np.setdiff1d(np.flatnonzero(sizes > 0), old)
     if len(others) < len(old):
         return None
-    new = dict(zip(old, np.random.default_rng(seed).choice(others, len(old), replace=False).tolist(), strict=True))
+    new = {}
+    for feature in old:
+        nearest = others[np.argsort(np.abs(sizes[others] - sizes[feature]), kind="stable")[:MATCHED]]
+        new[feature] = int(random.choice(nearest))
+        others = others[others != new[feature]]
     edits = tuple(edit._replace(features=tuple(new[feature] for feature in edit.features)) for edit in steer.edits)
     return steer._replace(basis="random", edits=edits)
 

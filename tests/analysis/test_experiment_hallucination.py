@@ -177,13 +177,16 @@ def test_features_are_ranked_by_how_well_they_tell_sounds_from_speech():
     assert 2 in louder.edits[0].features and 1 not in louder.edits[0].features
 
 
-def test_the_control_edits_as_many_others_in_the_same_way_or_there_is_none():
+def test_the_control_edits_as_many_others_of_like_size_in_the_same_way_or_there_is_none():
     steer = some_steers()[0]
-    drawn = at_random(steer, np.arange(96), 0)
+    sizes = np.random.default_rng(0).permutation(np.arange(1.0, 97.0))
+    drawn = at_random(steer, sizes, 0)
     old, new = ([feature for edit in one.edits for feature in edit.features] for one in (steer, drawn))
     assert len(set(new)) == len(old) and not set(new) & set(old)
     assert [edit.amount for edit in drawn.edits] == [edit.amount for edit in steer.edits]
-    assert at_random(steer, np.arange(40), 0) is None
+    assert np.abs(sizes[new] - sizes[old]).mean() < 16  # a third of what others at random would have
+    assert at_random(steer, sizes, 1) != drawn
+    assert at_random(steer, np.where(np.arange(96) < 40, sizes, 0), 0) is None
 
 
 def test_the_best_is_within_the_budget_or_there_is_none():
