@@ -283,8 +283,9 @@ def _what(summary: dict[str, Any], rule: Rule) -> str:
         f"or clip alone. Chosen was the one with the fewest false detections that raises the word error rate by no more than "
         f"{summary['wer_budget']:g}. All figures of the held-out half are of {held_out['sounds']} other sounds and {held_out['speech']} clips "
         "that nothing was chosen on.\n\n"
-        "Controls: the same edits of as many random features of like mean value in the sounds, and the baseline: the difference of means of whole activations, added to every "
-        "row, its amount chosen in the same way. Steering that does no better than these has shown nothing about its features."
+        "Controls: the same edits of as many random features of like mean value in the sounds, and the baseline: the difference of means of whole "
+        "activations, added to every row, its amount chosen in the same way. Steering that does no better than these has shown nothing about its "
+        "features."
     )
 
 
