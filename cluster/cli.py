@@ -47,6 +47,7 @@ EXPERIMENTS = {
     "sonify": ("Sonify", "the sound that excites a feature most, found by gradient ascent"),
     "ablate": ("Ablate", "what is lost without features, or without a site; a ranking of features"),
     "erase": ("Erase", "how many features carry a concept: sparse probes, and erasing it, on held-out speakers"),
+    "hallucination": ("Hallucination", "what is written where nobody speaks, and whether steered features stop it"),
 }
 """What `hearsae experiment` takes next."""
 
@@ -93,7 +94,7 @@ def _help() -> str:
 
 
 def _experiments_help() -> str:
-    lines = [f"  {name:10} {what}" for name, (_, what) in EXPERIMENTS.items()]
+    lines = [f"  {name:13} {what}" for name, (_, what) in EXPERIMENTS.items()]
     head = ["usage: hearsae experiment NAME [options]", "", "The published experiments, on any Whisper and any speech. Each writes a report.", ""]
     return "\n".join([*head, "experiments:", *lines, "", "hearsae experiment NAME --help shows its options."])
 
