@@ -94,7 +94,7 @@ def _help() -> str:
 
 
 def _experiments_help() -> str:
-    lines = [f"  {name:13} {what}" for name, (_, what) in EXPERIMENTS.items()]
+    lines = [f"  {name:14} {what}" for name, (_, what) in EXPERIMENTS.items()]
     head = ["usage: hearsae experiment NAME [options]", "", "The published experiments, on any Whisper and any speech. Each writes a report.", ""]
     return "\n".join([*head, "experiments:", *lines, "", "hearsae experiment NAME --help shows its options."])
 
