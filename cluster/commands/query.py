@@ -39,9 +39,11 @@ ASK = (
 )
 COLUMNS = (
     "kind", "bin", "rank", "cosine", "feature", "auc", "auc_moved", "auc_shuffled", "log_odds", "value", "z", "rate_inside", "rate_outside",
-    "density", "source", "start_s", "frame", "frames", "phone", "word", "token", "next_token", "count", "examples", "mean", "max", "text",
+    "density", "source", "start_s", "frame", "frames", "phone", "word", "token", "next_token", "text",
 )  # fmt: skip
 """For people, in this order, where an answer has them; --json has all."""
+TOKEN_COLUMNS = ("feature", "token", "next_token", "count", "examples", "mean", "max")
+"""The same of counted tokens."""
 CONTEXT = 24
 """Characters shown before a token, and after it."""
 
@@ -270,7 +272,7 @@ class Query(Output):
             return _table(["frame", "start_s", *(["values"] if "values" in rows[0] else [])], shown) + ("\n..." if len(rows) > self.n else "")
         if "token_start" in rows[0]:
             rows = [row | {"text": marked(row["text"], row["token_start"], row["token_end"], CONTEXT)} for row in rows]
-        return _table([c for c in COLUMNS if c in rows[0]], rows)
+        return _table([c for c in (TOKEN_COLUMNS if self.tokens else COLUMNS) if c in rows[0]], rows)
 
 
 def _timed(answer: Any) -> dict[str, Any]:
