@@ -124,6 +124,7 @@ def sae(tmp_path_factory):
 QUICK = ("--split", "test", "--limit", "4", "--seconds", "0.6", "--steps", "80", "--starts", "1", "--no-ray")
 
 
+@pytest.mark.slow
 def test_the_inputs_found_for_neurons_go_far_beyond_real_speech_and_so_does_their_sound(succeeds, tmp_path):
     result = succeeds("experiment", "sonify", *QUICK, "--features", f"neurons:{SITE}", "--feature", "5", "40", "113", "--out", tmp_path / "report")
     rows = [row for row in result["rows"] if row["of"] == "feature"]
@@ -160,6 +161,7 @@ def test_the_reported_values_are_those_of_the_sound_on_the_page(succeeds, tmp_pa
     assert again["rows"] == result["rows"]
 
 
+@pytest.mark.slow
 def test_a_latent_of_an_sae_can_be_climbed(succeeds, refused, tmp_path, sae, micro, tiny_whisper):
     mel = log_mel(micro_audio(1)[0], micro)[:, :200]
     rows = window_rows(micro, mel, site_of(micro, "encoder.blocks.2"))
@@ -173,6 +175,7 @@ def test_a_latent_of_an_sae_can_be_climbed(succeeds, refused, tmp_path, sae, mic
     assert "was trained on model" in refused("experiment", "sonify", *arguments)
 
 
+@pytest.mark.slow
 def test_the_lowest_value_can_be_looked_for(succeeds, tmp_path):
     arguments = (*QUICK, "--features", "neurons:encoder.blocks.2", "--feature", "17", "--negate", "--out", tmp_path / "report")
     row = succeeds("experiment", "sonify", *arguments)["rows"][0]

@@ -6,6 +6,7 @@ from pathlib import Path
 from cluster.cli import main
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_a_page(tmp_path, capsys):
     assert main(["demo", "--no-ray", "--rows", "200000", "--out", str(tmp_path / "demo"), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -198,6 +198,7 @@ def kill_the_driver(inputs: str, out: str, how: list[str], kills: int, seed: int
         pytest.param(("--workers", "2"), 6, id="ray", marks=[pytest.mark.cluster, pytest.mark.slow]),
     ],
 )
+@pytest.mark.slow
 def test_a_driver_killed_at_random_moments_and_started_again_makes_the_same_store_and_nothing_twice(inputs, undisturbed, tmp_path, how, kills):
     seen = netns.call(kill_the_driver, inputs, tmp_path / "acts.zarr", how, kills, 0, timeout=400)
     assert seen["status"] == 0, seen["err"]

@@ -53,6 +53,7 @@ def test_there_is_loopback_and_nothing_else():
     assert netns.call(interfaces, timeout=60) == ["lo"]
 
 
+@pytest.mark.slow
 def test_three_nodes_of_ray_on_loopback_of_which_one_dies():
     seen = netns.call(three_nodes, timeout=120)
     assert seen["nodes"] == [["127.0.0.1", True]] * 3

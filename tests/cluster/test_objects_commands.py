@@ -132,6 +132,7 @@ def test_what_can_not_work_says_so_in_a_line(s3: S3, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_workers_on_ray_write_to_an_object_store(s3: S3, capsys):
     place = location(f"s3://{s3.bucket}/project")
     speech_at(place / "speech")

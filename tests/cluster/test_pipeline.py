@@ -111,6 +111,7 @@ def test_a_shard_without_a_readable_clip_travels_too():
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_audio_decoded_by_tasks_gives_the_same_store(inputs, without_ray, tmp_path):  # noqa: F811
     code = "import sys, cluster.cli; sys.exit(cluster.cli.main())"
     arguments = cache_command(inputs, tmp_path / "acts.zarr", "--workers", "1", "--decoders", "1")
@@ -343,6 +344,7 @@ def captured_with_metrics(folder: str) -> dict[str, float]:
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_ray_exports_what_was_captured(tmp_path):
     write_tiny_whisper(tmp_path / "tiny.pt", n_audio_ctx=200)
     (tmp_path / "clips").mkdir()

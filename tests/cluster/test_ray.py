@@ -137,6 +137,7 @@ def living(pids: dict[int, str]) -> dict[int, str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_replaced_and_nothing_is_left_behind(inputs, without_ray, tmp_path):
     code = "import sys, cluster.cli; sys.exit(cluster.cli.main())"
     arguments = cache_command(inputs, tmp_path / "acts.zarr", "--workers", "2")
