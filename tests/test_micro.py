@@ -91,6 +91,7 @@ def test_stock_transcribe_works_with_timestamps(model, clips):
     assert np.median(np.abs(early)) < 0.6
 
 
+@pytest.mark.slow
 def test_a_chopped_word_goes_and_the_others_stay():
     found = chop_words(Speech(micro.NAME, limit=CLIPS // 2), micro.NAME, margin=MARGIN, trials=TRIALS, device="cpu").summary
     assert found["trials"] == TRIALS < found["words_found"]

@@ -213,6 +213,7 @@ def test_gs_addresses_go_the_same_way(s3, monkeypatch):
 # Stores
 
 
+@pytest.mark.slow
 def test_a_store_has_the_same_bytes_as_on_a_disk(s3, tmp_path):
     local = store_at(tmp_path / "store", skip={2: "silent"})
     s3.faults = dict.fromkeys(FAULTS, 0.05)

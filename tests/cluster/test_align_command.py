@@ -66,6 +66,7 @@ def test_the_same_bytes_come_from_any_grouping_of_clips(store, succeeds, tmp_pat
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_same_bytes_come_from_ray(store, succeeds, tmp_path):
     on_ray = Path(shutil.copytree(store, tmp_path / "ray.zarr"))
     succeeds("align", "--store", store, "--no-ray")

@@ -98,6 +98,7 @@ def fill_the_disk(inputs: str, folder: str, room: int, how: list[str]) -> dict[s
         pytest.param(600 << 10, ["--workers", "2"], id="while-capturing-on-ray", marks=[pytest.mark.cluster, pytest.mark.slow]),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_line_and_with_room_the_same_command_finishes(inputs, undisturbed, tmp_path, room, how):
     seen = netns.call(fill_the_disk, inputs, tmp_path, room, how, timeout=180)
     status, out, err = seen["full"]
@@ -302,6 +303,7 @@ def start_two(inputs: str, out: str, how: list[str], apart: bool) -> list[tuple[
         pytest.param(("--workers", "1"), True, id="ray", marks=[pytest.mark.cluster, pytest.mark.slow]),
     ],
 )
+@pytest.mark.slow
 def test_two_drivers_on_one_store_do_no_harm(inputs, undisturbed, tmp_path, how, apart):
     first, second = netns.call(start_two, inputs, tmp_path / "acts.zarr", how, apart, timeout=240)
     for status, out, err in (first, second):

@@ -253,6 +253,7 @@ def test_options_that_can_not_be_are_refused_before_anything_starts(store, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_following_a_capture_from_before_its_store_exists_gives_what_the_finished_store_gives(tmp_path):
     store, site = tmp_path / "acts.zarr", "encoder.blocks.0"
     capture = [sys.executable, "-m", "cluster.cli", "cache", "--dataset", "micro", "--split", "test", "--model", "micro", "--no-ray"]

@@ -191,6 +191,7 @@ def run_slowly(ranks: Ranks, config: TrainConfig) -> None:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_any_number_goes_on(on_ranks, planted, undisturbed, tmp_path, killed):
     config = config_for(planted, tmp_path / "2", lanes=3, dead_after=2000, checkpoint_every=1500, buffer_mib=1)
     straight = config_for(planted, tmp_path / "straight", lanes=3, dead_after=2000, checkpoint_every=1500, buffer_mib=1)
