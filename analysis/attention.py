@@ -58,8 +58,9 @@ def _by_head(x: Tensor, attn: MultiHeadAttention) -> Tensor:
     return x.unflatten(-1, (attn.n_head, -1)).transpose(0, 1)
 
 
-def _weights(q: Tensor, k: Tensor) -> Tensor:
-    return (q @ k.T * q.shape[-1] ** -0.5).softmax(-1)
+def _weights(q: Tensor, k: Tensor, scores: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """[m, n] of a head's queries [m, d] and keys [n, d]. scores, out: matrices to work in and to write the weights to."""
+    return torch.softmax(torch.mm(q, k.T, out=scores).mul_(q.shape[-1] ** -0.5), -1, out=out)
 
 
 class Locality(NamedTuple):
@@ -154,20 +155,21 @@ def _block_backward(block: ResidualAttentionBlock, x: Tensor, gradient: Tensor) 
         h = block.attn_ln(start)
         q, k, v = (_by_head(part(h), attn) for part in (attn.query, attn.key, attn.value))
     queries, keys, values = q.detach(), k.detach(), v.detach()
-    mixed = torch.cat([_weights(*qk) @ value for *qk, value in zip(queries, keys, values, strict=True)], dim=-1)
+    # Matrices of [n, n] that serve every head: made anew for each, the C library's allocator keeps many of them.
+    scores, weights, product, change = (torch.zeros(len(x), len(x), device=x.device) for _ in range(4))
+    mixed = torch.cat([_weights(query, key, scores, weights) @ value for query, key, value in zip(queries, keys, values, strict=True)], dim=-1)
     with torch.enable_grad():
         middle = (x + attn.out(mixed)).detach().requires_grad_()
         out = middle + block.mlp(block.mlp_ln(middle))
     (to_middle,) = torch.autograd.grad(out, middle, gradient)
     to_heads = _by_head(to_middle @ attn.out.weight, attn)
     scale = queries.shape[-1] ** -0.5
-    change = torch.zeros(len(x), len(x), device=x.device)
     to_q, to_k, to_v = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
     for head, to_head in enumerate(to_heads):
-        weights = _weights(queries[head], keys[head])
+        _weights(queries[head], keys[head], scores, weights)
         to_v[head] = weights.T @ to_head
-        product = (to_head @ values[head].T).mul_(weights)  # dA * A
-        change += product.relu()
+        torch.mm(to_head, values[head].T, out=product).mul_(weights)  # dA * A
+        change += torch.clamp(product, min=0, out=scores)
         to_scores = product.sub_(weights.mul_(product.sum(-1, keepdim=True))).mul_(scale)
         to_q[head], to_k[head] = to_scores @ keys[head], to_scores.T @ queries[head]
     (to_start,) = torch.autograd.grad((q, k, v), start, (to_q, to_k, to_v))
