@@ -27,7 +27,7 @@ from analysis.ascent_targets import Probe
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS
 from cache.model import LoadedModel, capture, fast_matmul
-from cache.sites import Site, all_sites
+from cache.sites import Site
 
 DECADES = 2.0
 """What a log-mel spans below its loudest point: 8 decades of power, 4 to a unit."""
@@ -111,10 +111,6 @@ def window_rows(model: LoadedModel, mel: Tensor, site: Site) -> Tensor:
     with fast_matmul():
         found = capture(model, whole_window(mel, model.dims.n_audio_ctx)[None], [site])[site.name][0]
     return found[: mel.shape[-1] // 2].clone()
-
-
-def site_of(model: LoadedModel, name: str) -> Site:
-    return next(site for site in all_sites(model.dims_dict) if site.name == name)
 
 
 class _Reached(Exception):

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from analysis.steering import site_of
 from cache.errors import HearsaeError
 from cache.location import location
 from cache.model import LoadedModel
-from cache.sites import Site, all_sites, match_sites
+from cache.sites import Site
 from sae.models import Dictionary, load_dictionary
 
 
@@ -132,13 +133,10 @@ def random_direction(probe: Neuron | Latent, neuron_site: str, width: int, seed:
 
 
 def _encoder_site(name: str, model: LoadedModel) -> Site:
-    sites = {site.name: site for site in all_sites(model.dims_dict)}
-    if name not in sites:
-        match_sites([name], model.dims_dict)  # says which names come close
-        raise HearsaeError(f"'{name}' is a pattern: name one site")
-    if sites[name].needs_decoder:
+    site = site_of(name, model)
+    if site.needs_decoder:
         raise HearsaeError(f"{name} is a site of the decoder, whose rows are of words, not of sound: choose a site of the encoder")
-    return sites[name]
+    return site
 
 
 def _check_number(number: int, count: int, what: str) -> None:

@@ -3,19 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import whisper
 from torch import Tensor
 
+from analysis.experiments.changes import worker_steerable
 from analysis.experiments.effects import Tail
 from analysis.experiments.errors import TextErrors, text_errors
 from analysis.experiments.speech import Speech, worker_model
-from analysis.interventions import DECODE_BATCH, edit_site
+from analysis.interventions import decode_encoded, edit_site
 from analysis.nonspeech import SPEECH_KINDS, make_sound
-from analysis.steering import Edit, at_positions, edit_rows, open_steerable
+from analysis.steering import Edit, at_positions, edit_rows
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS, SAMPLE_RATE
 from cache.model import LoadedModel, fast_matmul, log_mel
@@ -147,7 +147,7 @@ class Sounds:
 def means(sounds: Sounds, name: str, device: str, spec: str, seed: int, items: Sequence[Item]) -> list[Means]:
     """What the features of `spec`, and their site, have in items. seed: of a random basis."""
     model = worker_model(name, device)
-    steerable = open_steerable(spec, model, seed)
+    steerable = worker_steerable(spec, name, device, seed)
     encoder = model.module.get_submodule("encoder")
     found: list[Means] = []
     for item in items:
@@ -183,12 +183,12 @@ def hear(
     for steer in steers:
         encoded = plain
         if steer is not None:
-            change = edit_rows(open_steerable(steer.spec, model, seed), steer.edits)
+            change = edit_rows(worker_steerable(steer.spec, name, device, seed), steer.edits)
             encoded = [tail.encode(number, at_positions(change, [(0, n)])) for number, n in enumerate(lengths)]
         durations = [len(one) / SAMPLE_RATE for one in audio]
         columns.append([
             Heard(one.text, one.no_speech_prob, one.avg_logprob, rule.is_silent(one.text, one.no_speech_prob, one.avg_logprob), duration_s)
-            for one, duration_s in zip(_decoded(model, encoded), durations, strict=True)
+            for one, duration_s in zip(decode_encoded(model.module, encoded), durations, strict=True)
         ])  # fmt: skip
     return [list(of_item) for of_item in zip(*columns, strict=True)]
 
@@ -200,15 +200,6 @@ def frames_of(audio: np.ndarray, model: LoadedModel, item: Item) -> int:
         window_s = model.dims.n_audio_ctx * FRAME_SECONDS
         raise HearsaeError(f"{item.kind} {item.number} is {len(audio) / SAMPLE_RATE:.1f} s long, and {model.name} hears {window_s:.0f} s at once")
     return n
-
-
-def _decoded(model: LoadedModel, encoded: Sequence[Tensor]) -> list[Any]:
-    """Greedy, without timestamps: whisper's DecodingResult for each encoder output [n_audio_ctx, d]."""
-    options = whisper.DecodingOptions(without_timestamps=True, fp16=False, language="en")
-    results: list[Any] = []
-    for first in range(0, len(encoded), DECODE_BATCH):
-        results += model.module.decode(torch.stack(list(encoded[first : first + DECODE_BATCH])), options)  # type: ignore[operator]
-    return results
 
 
 def false_detections(items: Sequence[Item], heard: Sequence[Heard]) -> float:

@@ -148,12 +148,19 @@ def chop(encoded: Tensor, start: int, stop: int, padding: Tensor) -> Tensor:
 
 def transcribe_encoded(model: Whisper, encoded: Tensor | Sequence[Tensor], batch: int = DECODE_BATCH, language: str = "en") -> list[str]:
     """The texts that Whisper's own greedy decoder gives for encoder outputs [n, n_audio_ctx, d], in `language`, without timestamps."""
+    return [result.text for result in decode_encoded(model, encoded, batch, language)]
+
+
+def decode_encoded(
+    model: Whisper, encoded: Tensor | Sequence[Tensor], batch: int = DECODE_BATCH, language: str = "en"
+) -> list[whisper.DecodingResult]:
+    """The same with what Whisper says of each text: its mean log probability, the probability that nobody speaks."""
     options = whisper.DecodingOptions(without_timestamps=True, fp16=False, language=language)
-    texts: list[str] = []
+    results: list[whisper.DecodingResult] = []
     for first in range(0, len(encoded), batch):
         part = encoded[first : first + batch]
-        texts += [result.text for result in model.decode(part if isinstance(part, Tensor) else torch.stack(list(part)), options)]
-    return texts
+        results += model.decode(part if isinstance(part, Tensor) else torch.stack(list(part)), options)
+    return results
 
 
 @torch.no_grad()
@@ -163,7 +170,7 @@ def next_tokens(model: Whisper, prompt: str, n: int = 20, padding: Tensor | None
     prompt: as the tokenizer takes it; words begin with a space (" traffic"). It follows the start-of-transcript sequence (English, without
     timestamps). padding: of `padding_output`, where it is at hand. Probabilities are over the whole vocabulary.
     """
-    tokenizer = english_tokenizer(model)
+    tokenizer = tokenizer_for(model)
     ids = [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(prompt)]
     heard = padding_output(model) if padding is None else padding
     logits = model.decoder(torch.tensor([ids], device=model.device), heard[None])[0, -1]
@@ -173,6 +180,9 @@ def next_tokens(model: Whisper, prompt: str, n: int = 20, padding: Tensor | None
     return [NextToken(token, tokenizer.decode([token]), logit, p) for token, logit, p in zip(*columns, strict=True)]
 
 
-def english_tokenizer(model: Whisper) -> Tokenizer:
-    """The tokenizer that `transcribe_encoded` and `next_tokens` decode with."""
-    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language="en", task="transcribe")
+def tokenizer_for(model: Whisper, language: str = "en") -> Tokenizer:
+    """The tokenizer for transcripts in a language. Raises HearsaeError for one that the model does not know; an English one asks for none."""
+    try:
+        return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=language, task="transcribe")
+    except ValueError:
+        raise HearsaeError(f"this Whisper does not know the language '{language}': give a code such as en, de, fr") from None

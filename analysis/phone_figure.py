@@ -1,6 +1,5 @@
 """The picture of a feature's phones: what is said while its activation is in each of equally wide ranges, beside what is said at any time."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from analysis.arpabet import SILENCE, manner
 from analysis.evidence import PhoneMix
+from analysis.pictures import new_figure, picture
 from cache.errors import HearsaeError
 from cache.location import put
 
@@ -36,7 +36,6 @@ FEW_FRAMES = 30
 PALE = 0.45
 DARK = 0.55
 """Luminance below which a name is written in white."""
-DPI = 150
 FORMATS = (".png", ".svg")
 
 
@@ -44,22 +43,12 @@ def save_mix(mix: PhoneMix, title: str, path: Path) -> None:
     """Draws `mix` into a file. Raises HearsaeError for another ending than those of FORMATS, and where the file can't be written."""
     if path.suffix.lower() not in FORMATS:
         raise HearsaeError(f"can't draw {path}: its name must end in {' or '.join(FORMATS)}")
-    import matplotlib
-
-    data, kind = io.BytesIO(), path.suffix[1:].lower()
-    # Without a date and random names of parts, the same picture has the same bytes.
-    with matplotlib.rc_context({"svg.hashsalt": "hearsae"}):
-        draw_mix(mix, title).savefig(data, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else {})
-    put(path, data.getvalue())
+    put(path, picture(draw_mix(mix, title), path.suffix[1:].lower()))
 
 
 def draw_mix(mix: PhoneMix, title: str) -> "Figure":
     """Stacked shares of the phones in each range, grouped by manner; the number of frames over each bar, the base rates in a bar beside them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 6.4)
     axes = figure.subplots()
     frames = mix.frames.sum(axis=1)
     order = stacking(mix.phones)

@@ -30,7 +30,7 @@ from analysis.arpabet import SILENCE
 from analysis.experiments.chop import chop
 from analysis.experiments.speech import Speech
 from analysis.features import open_features
-from analysis.interventions import english_tokenizer, limit_attention, next_tokens, padding_output, transcribe_encoded
+from analysis.interventions import limit_attention, next_tokens, padding_output, tokenizer_for, transcribe_encoded
 from analysis.phones import Alignment, best_phone, label_frames, phone_auc, read_alignments
 from cache.capture import CaptureConfig, capture_in_process, prepare
 from cache.micro import MODEL, SPEECH
@@ -158,7 +158,7 @@ def word_start_errors(model: Whisper, clips: Sequence[Clip]) -> np.ndarray:
     head = torch.zeros(model.dims.n_text_layer, model.dims.n_text_head, dtype=torch.bool)
     head[-1, 0] = True
     model.register_buffer("alignment_heads", head.to_sparse(), persistent=False)
-    tokenizer = english_tokenizer(model)
+    tokenizer = tokenizer_for(model)
     late: list[float] = []
     for clip in clips:
         mel_frames = math.ceil(soundfile.info(str(clip.path)).frames / whisper.audio.HOP_LENGTH)

@@ -119,6 +119,17 @@ def split_random(name: str) -> tuple[int | None, str]:
     return (int(spelled[1]), spelled[2]) if spelled else (None, name)
 
 
+def random_twin(name: str, seed: int | None = None) -> str:
+    """The control of a model: the same with weights drawn anew, `random:SEED:MODEL`.
+
+    seed: default: 0, or, of a model whose own weights were drawn, the next one after its own.
+    """
+    drawn, source = split_random(name)
+    if seed is None:
+        seed = 0 if drawn is None else drawn + 1
+    return f"random:{seed}:{source}"
+
+
 def redrawn(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Every weight drawn anew from a normal distribution with the mean and the standard deviation of its tensor (as in 2501.17727).
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -10,10 +9,11 @@ import numpy as np
 from analysis.experiments.activity import Activity, activity
 from analysis.experiments.changes import Change, Replaced, SameSize, Steered, Stretch, worker_steerable
 from analysis.experiments.effect_tables import aligned, as_row, bars, examples, in_lines, without_empty
-from analysis.experiments.effects import Outcome, measure, row_of, summarise, transposed
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.effects import Outcome, row_of, run_changes, summarise
+from analysis.experiments.report import Report
 from analysis.experiments.speech import Clip, Mapper, Speech, in_this_process, worker_model
 from analysis.experiments.steer import CONTROLS, ENCODER_OUTPUT, RANDOM_DIRECTION, check_language, explained, measured, steer
+from analysis.pictures import new_figure
 from analysis.steering import Edit, edit_rows, site_of
 from cache.errors import HearsaeError
 
@@ -75,8 +75,7 @@ def rank(
     chosen = tuple(dict.fromkeys(feature)) or known.most_active(top)
     others = known.random(chosen, len(chosen), seed)
     changes = [Steered(steerable.site, steerable.spec, (Edit((one,), "scale", 0.0),), device, seed) for one in (*chosen, *others)]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, False), speech.pieces())
-    unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
+    unchanged, columns = run_changes(speech, model, device, changes, stretch, language, False, map_pieces)
     rows = [
         _damage(speech.clips, known, one, one not in chosen, unchanged, outcomes) for one, outcomes in zip((*chosen, *others), columns, strict=True)
     ]
@@ -133,8 +132,7 @@ def put_out(
     mean = activity(speech, model, device, f"neurons:{site}", seed, language, map_pieces).mean_row if mode == "mean" else None
     change = Replaced(site, mean)
     changes: list[Change] = [change, SameSize(change, seed)]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
-    unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
+    unchanged, columns = run_changes(speech, model, device, changes, stretch, language, True, map_pieces)
     name = f"{site} at {'zero' if mode == 'zero' else 'its mean'}"
     effects = {kind: summarise(speech.clips, unchanged, outcomes, language) for kind, outcomes in zip((name, RANDOM_DIRECTION), columns, strict=True)}
     rows = [

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from analysis.experiments.changes import worker_steerable
-from analysis.experiments.speech import Clip, Mapper, Speech, worker_model
+from analysis.experiments.speech import Clip, Mapper, Speech, clip_mel, worker_model
 from analysis.steering import site_of
 from cache.errors import HearsaeError
-from cache.model import LoadedModel, capture, fast_matmul, log_mel
+from cache.model import LoadedModel, capture, fast_matmul
 from cache.sites import Site
 
 NEAREST = 20
@@ -102,5 +102,5 @@ def own_rows(model: LoadedModel, speech: Speech, clip: Clip, site: Site, languag
         return torch.zeros(0, site.width, device=model.device)
     tokens = model.decoder_input(clip.text or "", language) if site.needs_decoder else []
     with fast_matmul():
-        found = capture(model, log_mel(speech.read(clip), model)[None], [site], [tokens] if tokens else ())[site.name][0]
+        found = capture(model, clip_mel(model, speech, clip)[None], [site], [tokens] if tokens else ())[site.name][0]
     return found[: clip.n_frames] if site.axis == "frame" else found[: len(tokens)]

@@ -24,10 +24,10 @@ from analysis.attention import (
 from analysis.experiments.attention_figures import head_grid, mass_curves, relevance_map, relevance_rows, whole_block
 from analysis.experiments.report import Report
 from analysis.experiments.speech import PIECE_CLIPS, Clip, Mapper, Speech, clip_mel, encode, in_this_process, whole_model, worker_model
-from analysis.interventions import english_tokenizer, transcribe_encoded
+from analysis.interventions import tokenizer_for, transcribe_encoded
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS
-from cache.model import LoadedModel, fast_matmul, split_random
+from cache.model import LoadedModel, fast_matmul, random_twin
 
 KS = (1, 5, 10, 25, 50, 100, 250)
 """Frames on either side: 20 ms to 5 s."""
@@ -62,7 +62,7 @@ def attention(
     if maps < 0:
         raise HearsaeError(f"--maps {maps} must be at least 0")
     loaded = whole_model(model, device, "--target transcript") if target == "transcript" else worker_model(model, device)
-    control = f"random:{control_seed}:{split_random(model)[1]}"
+    control = random_twin(model, control_seed)
     worker_model(control, device)  # refuses before there is work to lose
     texts: list[str | None] = [None] * len(speech.clips)
     if target == "transcript":
@@ -194,7 +194,7 @@ def _gradient(model: LoadedModel, last: Tensor, real: Tensor, clip: Clip, text: 
     if text is None:
         return output_gradient(model.module.get_submodule("encoder"), last, real)
     whisper: Any = model.module
-    special = english_tokenizer(whisper)  # its special tokens are those of every language
+    special = tokenizer_for(whisper)  # its special tokens are those of every language
     tokens = model.decoder_input(text, _language(clip))
     return transcript_gradient(whisper, last, [*tokens, special.eot], tokens.index(special.no_timestamps) + 1)
 

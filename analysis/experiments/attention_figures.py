@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from analysis.attention import Locality
-from analysis.experiments.report import new_figure
+from analysis.pictures import new_figure
 from cache.header import FRAME_SECONDS
 
 LEAST_SHOWN = 1e-4

@@ -15,11 +15,11 @@ from analysis.experiments.corpus import Bigrams, count_bigrams, lines_of, texts_
 from analysis.experiments.ranks import spearman
 from analysis.experiments.report import Report
 from analysis.experiments.speech import Mapper, Speech, in_this_process, whole_model
-from analysis.experiments.tokens import encode, tokenizer_for, word_tokens
-from analysis.interventions import padding_output
+from analysis.experiments.tokens import encode, word_tokens
+from analysis.interventions import padding_output, tokenizer_for
 from cache.errors import HearsaeError
 from cache.location import Location
-from cache.model import split_random
+from cache.model import random_twin
 
 PROMPTS = (" traffic", " New", " Good", " Thank")
 """Of the post, and beginnings that hardly leave a choice. micro's speech has them all."""
@@ -87,9 +87,7 @@ def bigrams(
 
     initial = np.union1d(word_tokens(tokenizer).begin, found.tokens)
     of_prefixes = logits[len(prompts) :]
-    drawn, name = split_random(model)
-    twin = f"random:{0 if drawn is None else drawn + 1}:{name}"
-    of_twin = np.concatenate(map_pieces(partial(_logits, twin, device), pieces))[len(prompts) :]
+    of_twin = np.concatenate(map_pieces(partial(_logits, random_twin(model), device), pieces))[len(prompts) :]
     others = another(len(found.prefixes), seed)
     by_prefix = compare(of_prefixes, found, initial)
     summary = {

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from analysis.experiments.labels import drawn
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
+from analysis.pictures import new_figure
 
 MODEL, CORPUS, CONTROL = "#0072B2", "#D55E00", "0.6"
 NEXT_SHOWN = 5

@@ -13,9 +13,8 @@ from analysis.experiments.bootstrap import ratio_interval
 from analysis.experiments.chop_report import by_place_report, by_word_report
 from analysis.experiments.report import Report
 from analysis.experiments.speech import PIECE_CLIPS, Clip, Mapper, Speech, encode, in_this_process, whole_model
-from analysis.experiments.tokens import tokenizer_for
 from analysis.experiments.word_times import word_times
-from analysis.interventions import DECODE_BATCH, padding_output, transcribe_encoded, word_frames
+from analysis.interventions import DECODE_BATCH, padding_output, tokenizer_for, transcribe_encoded, word_frames
 from analysis.interventions import chop as with_padding
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS

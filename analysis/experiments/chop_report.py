@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
+from analysis.pictures import new_figure
 from cache.header import FRAME_SECONDS
 
 SHOWN = 12

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from analysis.experiments.report import new_figure
+from analysis.pictures import new_figure
 
 COLOURS = ("#0072B2", "#999999", "#D55E00", "#009E73", "#CC79A7")
 EXAMPLES = 12
@@ -41,10 +41,12 @@ def in_lines(effects: Mapping[str, Mapping[str, Any]], indent: str = "  ") -> li
     return [indent + line for line in [*aligned(table), *(text for name, text in LEGENDS.items() if name in kept)]]
 
 
-def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first to the left."""
+def aligned(table: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Aligned columns, the first `left` of them to the left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    padded = ([cell.rjust(width) if at else cell.ljust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in table)
+    padded = (
+        [cell.ljust(width) if at < left else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))] for row in table
+    )
     return ["  ".join(cells).rstrip() for cells in padded]
 
 

@@ -5,6 +5,7 @@ The experiments that share this differ in the change alone: steering, removal of
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,9 @@ from whisper.tokenizer import Tokenizer
 
 from analysis.experiments.changes import Change, Stretch
 from analysis.experiments.errors import text_errors
-from analysis.experiments.speech import Clip, Speech, encode, worker_model
+from analysis.experiments.speech import Clip, Mapper, Speech, encode, worker_model
 from analysis.experiments.tokens import encode as tokens_of
-from analysis.experiments.tokens import tokenizer_for
-from analysis.interventions import edit_site, transcribe_encoded
+from analysis.interventions import edit_site, tokenizer_for, transcribe_encoded
 from analysis.steering import ChangeRows, at_positions
 from cache.model import LoadedModel, fast_matmul
 
@@ -111,6 +111,23 @@ def measure(
         written = _written(model, torch.stack(encoded), clips, language, transcribe)
         columns.append([Outcome(text, *loss, *drift) for (text, loss), drift in zip(written, drifts, strict=True)])
     return [list(of_clip) for of_clip in zip(*columns, strict=True)]
+
+
+def run_changes(
+    speech: Speech,
+    name: str,
+    device: str,
+    changes: Sequence[Change],
+    stretch: Stretch,
+    language: str,
+    transcribe: bool,
+    map_pieces: Mapper,
+) -> tuple[list[Outcome], list[list[Outcome]]]:
+    """`measure` over the whole speech: (of the unchanged model, of each change) the outcomes of all clips."""
+    found = map_pieces(partial(measure, speech, name, device, changes, stretch, language, transcribe), speech.pieces())
+    of_clips = [of_clip for piece in found for of_clip in piece]
+    unchanged, *columns = ([of_clip[number] for of_clip in of_clips] for number in range(len(changes) + 1))
+    return unchanged, columns
 
 
 class Watched:
@@ -261,9 +278,3 @@ def row_of(clip: Clip, before: Outcome, after: Outcome, language: str = "en") ->
         "output_relative_outside": outside.get("relative"),
         "output_cosine_outside": outside.get("cosine"),
     }
-
-
-def transposed(outcomes: Iterable[Sequence[Outcome]], count: int) -> list[list[Outcome]]:
-    """Of each of `count` changes (the unchanged model the first) the outcomes of all clips, from the outcomes of each clip."""
-    of_clips = list(outcomes)
-    return [[of_clip[number] for of_clip in of_clips] for number in range(count)]

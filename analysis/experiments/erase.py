@@ -12,9 +12,10 @@ import numpy as np
 
 from analysis.concepts import PARTS, Pool, Samples, choose_samples, open_track, sample_values
 from analysis.erasure import SILENCED, ErasureData, enough_of, grid, mean_of, probe_concept
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
 from analysis.experiments.speech import Mapper, in_this_process
 from analysis.features import Features, Neurons, open_features
+from analysis.pictures import new_figure
 from cache.errors import HearsaeError
 from cache.location import Location
 from cache.store import ActivationStore

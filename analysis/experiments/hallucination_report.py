@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
 from analysis.hearing import RECORDED, Heard, Item, Rule, Sounds, Steer, errors_of, false_detections
+from analysis.pictures import new_figure
 from cache.header import SAMPLE_RATE
 
 BEFORE = "unsteered"

@@ -14,11 +14,12 @@ from analysis.experiments.neighbours_report import neighbours_report
 from analysis.experiments.ranks import correlation, partial_correlation, ranks
 from analysis.experiments.report import Report
 from analysis.experiments.speech import Speech, whole_model
-from analysis.experiments.tokens import encode, tokenizer_for, word_tokens
+from analysis.experiments.tokens import encode, word_tokens
 from analysis.experiments.word_likeness import company, edit_similarity, pronunciation, read_vectors, same_stem
+from analysis.interventions import tokenizer_for
 from cache.errors import HearsaeError
 from cache.location import Location
-from cache.model import split_random
+from cache.model import random_twin
 
 Pool = Literal["corpus", "vocabulary"]
 
@@ -125,8 +126,7 @@ def neighbours(
     meaning = None if vectors is None else read_vectors(vectors, among.words)
     likeness = Likeness(company(texts, among.words), meaning, tokenizer.language in (None, "en"))
 
-    drawn, name = split_random(model)
-    twin = _embeddings(whole_model(f"random:{0 if drawn is None else drawn + 1}:{name}", device).module)
+    twin = _embeddings(whole_model(random_twin(model), device).module)
     pairs = {measure: _between(likeness, measure, scored) for measure in likeness.measures}
     nearest = _nearest(weights, among, scored, likeness, k, seed)
     summary = {

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from analysis.experiments.labels import drawn
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
+from analysis.pictures import new_figure
 
 MODEL, CHANCE, CONTROL = "#0072B2", "0.85", "0.6"
 SAME_STEM, VARIANT = "#D55E00", "0.5"

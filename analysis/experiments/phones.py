@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from analysis.evidence import PhoneEvidence
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
 from analysis.phone_figure import draw_mix
 from analysis.phone_table import F1_LEVELS, LEVELS, most_polysemantic, phone_rows, summary
+from analysis.pictures import new_figure
 from analysis.scan import Scan
 
 BEST = 12

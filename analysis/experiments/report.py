@@ -1,6 +1,5 @@
 """What an experiment leaves behind: result.json, rows.parquet, its pictures as PNG and SVG, and a page that shows them."""
 
-import io
 import json
 import shutil
 import uuid
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from analysis.pictures import picture
 from cache.errors import HearsaeError
 from cache.header import software
 
@@ -24,7 +24,6 @@ RECORD = "result.json"
 """Written into every folder of ours: it says that the folder is one."""
 PAGE = "index.html"
 STAGING = ".experiment-"
-DPI = 150
 SHOWN_ROWS = 40
 """Of each table on the page; rows.parquet has all."""
 
@@ -75,26 +74,6 @@ def fill(report: Report, folder: Path, settings: Mapping[str, Any]) -> None:
         (folder / name).write_bytes(sound)
     record = {"experiment": report.title, "summary": report.summary, "settings": dict(settings), "software": software()}
     (folder / RECORD).write_text(json.dumps(record, default=str, indent=1), encoding="utf-8")
-
-
-def picture(figure: "Figure", kind: str) -> bytes:
-    """A figure's bytes as `png` or `svg`. Without a date and random names of parts, the same picture has the same bytes."""
-    import matplotlib
-
-    data = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "hearsae"}):
-        figure.savefig(data, format=kind, dpi=DPI, metadata={"Date": None} if kind == "svg" else {})
-    return data.getvalue()
-
-
-def new_figure(width: float = 8.0, height: float = 4.5) -> "Figure":
-    """An empty figure that needs no display. width, height: inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 # The folder

@@ -10,15 +10,16 @@ import soundfile
 import torch
 from torch import Tensor
 
-from analysis.ascent import AscentSettings, ascend, random_starts, site_of, window_rows
+from analysis.ascent import AscentSettings, ascend, random_starts, window_rows
 from analysis.ascent_targets import Latent, Negated, Neuron, Probe, open_probe, random_direction
 from analysis.experiments.report import Report
 from analysis.experiments.sonify_figures import Heard, feature_figure, gains_figure
 from analysis.experiments.speech import Clip, Mapper, Speech, clip_mel, in_this_process, worker_model
 from analysis.inversion import sound_of
+from analysis.steering import site_of
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS, SAMPLE_RATE
-from cache.model import LoadedModel, capture, fast_matmul, log_mel, split_random
+from cache.model import LoadedModel, capture, fast_matmul, log_mel, random_twin
 from cache.plan import SAMPLES_PER_FRAME
 
 FEATURE, DIRECTION, WEIGHTS = "feature", "random direction", "random weights"
@@ -115,7 +116,7 @@ def sonify(
         raise HearsaeError(
             f"--seconds {settings.seconds:g} is too long: {model} hears {loaded.dims.n_audio_ctx * FRAME_SECONDS:g} s, padding included"
         )
-    control = f"random:{seed}:{split_random(model)[1]}"
+    control = random_twin(model, seed)
     climbs = [Climb(number, kind) for number in numbers for kind in (FEATURE, DIRECTION, WEIGHTS)]
     work = Work(speech, model, control, features, settings, negate, seed, device)
     parts = map_pieces(partial(_listen, work, climbs), speech.pieces())
@@ -146,7 +147,7 @@ class Work(NamedTuple):
 
     def _direction(self, climb: Climb, model: LoadedModel) -> Probe:
         probe, site = open_probe(self.features, climb.number, model), self.features.partition(":")[2]
-        width = site_of(model, site).width if isinstance(probe, Neuron) else 0
+        width = site_of(site, model).width if isinstance(probe, Neuron) else 0
         return random_direction(probe, site, width, self.seed + climb.number)
 
 
@@ -159,7 +160,7 @@ def _listen(work: Work, climbs: Sequence[Climb], clips: Sequence[Clip]) -> list[
     totals: list[Real | None] = [None] * len(climbs)
     for name in {model.name: model for model, _ in opened}.values():
         mine = [(at, probe) for at, (model, probe) in enumerate(opened) if model is name]
-        sites = list({probe.site: site_of(name, probe.site) for _, probe in mine}.values())
+        sites = list({probe.site: site_of(probe.site, name) for _, probe in mine}.values())
         for clip in clips:
             mel = clip_mel(name, work.speech, clip)
             with fast_matmul():
@@ -205,7 +206,7 @@ def _stretch(of: Tensor, first: int, length: int, beyond: float) -> Tensor:
 def _climb(work: Work, piece: tuple[Climb, Real]) -> Climbed:
     (climb, real), settings = piece, work.settings
     model, probe = work.open(climb)
-    site = site_of(model, probe.site)
+    site = site_of(probe.site, model)
     sign = -1 if work.negate else 1
     generator = torch.Generator().manual_seed(work.seed)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from whisper.audio import mel_filters
 
-from analysis.experiments.report import new_figure
+from analysis.pictures import new_figure
 from cache.header import FRAME_SECONDS, SAMPLE_RATE
 
 HZ = (200, 500, 1000, 2000, 4000, 7000)

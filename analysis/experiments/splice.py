@@ -6,7 +6,7 @@ cross-entropy of the right text, of the word error rate, and of the squared erro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from analysis.experiments.changes import Change, Replaced, Stretch
-from analysis.experiments.effects import Outcome, measure, summarise, transposed
+from analysis.experiments.effect_tables import aligned
+from analysis.experiments.effects import Outcome, run_changes, summarise
 from analysis.experiments.speech import Mapper, Speech, in_this_process, worker_model
 from analysis.experiments.steer import check_language
 from analysis.experiments.word_times import StoredSpeech
@@ -169,8 +170,7 @@ def splice(
         folder = str(one.folder.absolute())  # workers may be elsewhere
         changes += [Spliced(one.config.site, folder), RandomlySpliced(one.config, k, mean, gain, seed)]
         names += [(folder, "spliced"), (folder, "random")]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
-    unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
+    unchanged, columns = run_changes(speech, model, device, changes, stretch, language, True, map_pieces)
     by_name = {name: summarise(speech.clips, unchanged, outcomes, language) for name, outcomes in zip(names, columns, strict=True)}
     original = summarise(speech.clips, unchanged, unchanged, language)
     has_decoder = worker_model(model, device).has_decoder
@@ -240,8 +240,6 @@ def _some_rows(store: ActivationStore, site: str) -> Tensor:
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """Lines for the terminal. results: those of `hearsae evaluate`, each with its `splice`."""
-    from analysis.experiments.effect_tables import aligned
-
     first = results[0]["splice"]
     lines = [f"spliced into {', '.join(dict.fromkeys(one['site'] for one in results))}, {first['where']}; {first['clips']} clips:"]
     has_ce, has_wer = (any(one["splice"][key]["original"] is not None for one in results) for key in ("ce", "wer"))

@@ -1,7 +1,6 @@
 """Steering: what Whisper writes when features are made stronger, weaker, or set to a value, against random features and a random direction."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from whisper.model import Whisper
@@ -9,10 +8,10 @@ from whisper.model import Whisper
 from analysis.experiments.activity import activity
 from analysis.experiments.changes import Change, SameSize, Steered, Stretch, worker_steerable
 from analysis.experiments.effect_tables import as_row, bars, examples, in_lines, without_empty
-from analysis.experiments.effects import mean_of, measure, row_of, summarise, transposed
+from analysis.experiments.effects import mean_of, row_of, run_changes, summarise
 from analysis.experiments.report import Report
 from analysis.experiments.speech import Mapper, Speech, in_this_process, worker_model
-from analysis.experiments.tokens import tokenizer_for
+from analysis.interventions import tokenizer_for
 from analysis.steering import Edit, How, edit_rows
 from cache.errors import HearsaeError
 from cache.model import LoadedModel
@@ -68,8 +67,7 @@ def steer(
         edits: list[Change] = [Steered(steerable.site, steerable.spec, (Edit(one, how, amount),), device, seed) for one in (chosen, *others)]
         changes += [*edits, SameSize(edits[0], seed)]
         names += [(amount, kind) for kind in (THEIRS, *[RANDOM_FEATURES] * controls, RANDOM_DIRECTION)]
-    found = map_pieces(partial(measure, speech, model, device, changes, stretch, language, True), speech.pieces())
-    unchanged, *columns = transposed((one for piece in found for one in piece), len(changes) + 1)
+    unchanged, columns = run_changes(speech, model, device, changes, stretch, language, True, map_pieces)
 
     effects: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []

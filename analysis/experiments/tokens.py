@@ -1,13 +1,10 @@
-"""Whisper's tokens: the tokenizer of a model and a language, and the tokens with which a word begins or that are a whole one."""
+"""Whisper's tokens of a text, and those with which a word begins or that are a whole one."""
 
 import re
 from typing import NamedTuple
 
 import numpy as np
-from whisper.model import Whisper
-from whisper.tokenizer import Tokenizer, get_tokenizer
-
-from cache.errors import HearsaeError
+from whisper.tokenizer import Tokenizer
 
 _BEGINS_WORD = re.compile(r" [^\W\d_]")
 _IS_WORD = re.compile(r" [^\W\d_]+")
@@ -20,14 +17,6 @@ class WordTokens(NamedTuple):
     """int64, sorted: those with which a word begins."""
     whole: np.ndarray
     """int64, sorted: of these, those that may be a word by themselves, though more letters may follow."""
-
-
-def tokenizer_for(model: Whisper, language: str = "en") -> Tokenizer:
-    """The tokenizer for transcripts in a language. Raises HearsaeError for one that the model does not know; an English one asks for none."""
-    try:
-        return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=language, task="transcribe")
-    except ValueError:
-        raise HearsaeError(f"this Whisper does not know the language '{language}': give a code such as en, de, fr") from None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:

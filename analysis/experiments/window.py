@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 from analysis.experiments.errors import text_errors
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
 from analysis.experiments.speech import Clip, Mapper, Speech, encode, in_this_process, whole_model
-from analysis.experiments.tokens import tokenizer_for
-from analysis.interventions import limit_attention, transcribe_encoded
+from analysis.interventions import limit_attention, tokenizer_for, transcribe_encoded
+from analysis.pictures import new_figure
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from analysis.experiments.report import Report, new_figure
+from analysis.experiments.report import Report
+from analysis.pictures import new_figure
 from analysis.query import feature_tokens
 from analysis.scan import Scan
 

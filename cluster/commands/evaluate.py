@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from analysis.experiments.effect_tables import aligned
 from analysis.experiments.speech import Speech, worker_model
 from analysis.experiments.splice import CapturedSpeech, ToSplice, check, splice, table
 from cache.errors import HearsaeError
@@ -191,7 +192,7 @@ def _measured(results: Sequence[dict[str, Any]]) -> list[str]:
         shares = (r["dead_fraction"], r["dense_fraction"], r["decoder_cosine"]["near_duplicate_fraction"])
         rows.append([r["dir"], *([] if of_all else [site, str(r["rows"])]), *numbers, *(_number(share, ".2%") for share in shares)])
     lines = [f"{sites[0]}, {results[0]['rows']} rows:"] if of_all else []
-    lines += _table(rows, left=1 if of_all else 2)
+    lines += aligned(rows, left=1 if of_all else 2)
     for r in results:
         if len(r["fvu_by_site"]) > 1:
             lines.append(f"{r['dir']}: FVU " + ", ".join(f"{site} {_number(fvu, '.4f')}" for site, fvu in r["fvu_by_site"].items()))
@@ -203,7 +204,7 @@ def _compared(site: str, of_site: Sequence[dict[str, Any]]) -> list[str]:
     fvu = {(one["name"], one["k"]): one["fvu"] for one in of_site}
     rows = [["k", *(NAMES[name] for name in BASELINES)]]
     rows += [[str(k), *(_number(fvu[name, k], ".4f") for name in BASELINES)] for k in sorted({k for _, k in fvu})]
-    return [f"{site}, FVU from k numbers a row:", *_table(rows, left=0)]
+    return [f"{site}, FVU from k numbers a row:", *aligned(rows, left=0)]
 
 
 def _found_again(pairs: Sequence[dict[str, Any]]) -> list[str]:
@@ -213,7 +214,7 @@ def _found_again(pairs: Sequence[dict[str, Any]]) -> list[str]:
         for side, other in (("a", "b"), ("b", "a")):
             numbers = [f"{pair[f'matched_{side}']:.1%}", f"{pair['one_to_one']:.1%}", f"{pair[f'mean_max_cosine_{side}']:.3f}"]
             rows.append([pair[side], pair[other], *numbers])
-    return _table(rows, left=2)
+    return aligned(rows, left=2)
 
 
 def _saes_in(folder: Location) -> list[Location]:
@@ -240,10 +241,3 @@ def _same_but_for_seed(configs: Sequence[SaeConfig]) -> list[list[int]]:
 
 def _number(value: float | None, form: str) -> str:
     return "none" if value is None else format(value, form)
-
-
-def _table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """Aligned columns, the first `left` of them to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))] for row in rows)
-    return ["  ".join(cells).rstrip() for cells in padded]

@@ -20,7 +20,7 @@ from analysis.attention import (
     transcript_gradient,
     uniform_locality,
 )
-from analysis.interventions import english_tokenizer
+from analysis.interventions import tokenizer_for
 from cache.model import load_model
 
 POSITIONS, REAL = 60, 21
@@ -90,7 +90,7 @@ def test_relevance_block_by_block_is_that_of_everything_held_at_once(model, mel,
 
 
 def test_relevance_for_a_transcript_is_that_of_its_log_probability(model, mel):
-    tokenizer = english_tokenizer(model)
+    tokenizer = tokenizer_for(model)
     prompt = list(tokenizer.sot_sequence_including_notimestamps)
     tokens = [*prompt, *tokenizer.encode(" a red fish"), tokenizer.eot]
 

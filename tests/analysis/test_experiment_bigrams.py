@@ -12,8 +12,8 @@ from analysis.experiments.corpus import Bigrams, count_bigrams, runs
 from analysis.experiments.labels import drawn
 from analysis.experiments.ranks import partial_correlation, spearman
 from analysis.experiments.speech import Speech
-from analysis.experiments.tokens import encode, tokenizer_for, word_tokens
-from analysis.interventions import next_tokens, padding_output
+from analysis.experiments.tokens import encode, word_tokens
+from analysis.interventions import next_tokens, padding_output, tokenizer_for
 from cache.errors import HearsaeError
 from cache.location import location
 from cache.model import load_model

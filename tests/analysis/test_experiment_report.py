@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.experiments.errors import text_errors
-from analysis.experiments.report import Report, new_figure, write_report
+from analysis.experiments.report import Report, write_report
+from analysis.pictures import new_figure
 from cache.errors import HearsaeError
 
 

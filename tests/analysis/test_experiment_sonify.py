@@ -8,9 +8,10 @@ import torch
 from conftest import micro_audio
 from whisper.audio import log_mel_spectrogram, mel_filters
 
-from analysis.ascent import AscentSettings, ascend, padded_rows, random_starts, site_of, spread_padding, trimmed_rows, window_rows
+from analysis.ascent import AscentSettings, ascend, padded_rows, random_starts, spread_padding, trimmed_rows, window_rows
 from analysis.ascent_targets import Negated, Neuron, open_probe
 from analysis.inversion import fit_power, mel_power, sound_of
+from analysis.steering import site_of
 from cache.model import load_model, log_mel
 
 SITE = "encoder.blocks.2.mlp.1"
@@ -63,7 +64,7 @@ def test_a_trimmed_window_that_keeps_all_padding_is_the_whole_window(micro, gene
     mel = random_starts(2, 80, 30, CEILING, generator)
     whole = padded_rows(micro.module, mel, site)
     assert (trimmed_rows(micro.module, mel, site, torch.arange(31, 1499)) - whole).abs().max() < 1e-4 * whole.std()
-    assert torch.allclose(window_rows(micro, mel[0], site_of(micro, site)), whole[0], atol=1e-4 * float(whole.std()))
+    assert torch.allclose(window_rows(micro, mel[0], site_of(site, micro)), whole[0], atol=1e-4 * float(whole.std()))
     few = trimmed_rows(micro.module, mel, site, spread_padding(30, 1500, generator))
     assert 1e-4 < (few - whole).norm() / whole.norm() < 0.1
 
@@ -82,7 +83,7 @@ def test_gradients_lead_up_and_those_of_the_negative_down(micro, generator, cont
     probe = open_probe(f"neurons:{site}", number, micro)
     start = random_starts(1, 80, settings.frames, CEILING, generator)
     ends = [ascend(micro, one, start, CEILING, 0.5, settings, torch.Generator().manual_seed(1)).mel[0] for one in (probe, Negated(probe))]
-    low, before, high = (float(settings.mean(probe.value(window_rows(micro, mel, site_of(micro, site))))) for mel in (ends[1], start[0], ends[0]))
+    low, before, high = (float(settings.mean(probe.value(window_rows(micro, mel, site_of(site, micro))))) for mel in (ends[1], start[0], ends[0]))
     margin = 1.0 if context == "trimmed" else 0.2
     assert high > before + margin and low < before - margin
 
@@ -164,7 +165,7 @@ def test_the_reported_values_are_those_of_the_sound_on_the_page(succeeds, tmp_pa
 @pytest.mark.slow
 def test_a_latent_of_an_sae_can_be_climbed(succeeds, refused, tmp_path, sae, micro, tiny_whisper):
     mel = log_mel(micro_audio(1)[0], micro)[:, :200]
-    rows = window_rows(micro, mel, site_of(micro, "encoder.blocks.2"))
+    rows = window_rows(micro, mel, site_of("encoder.blocks.2", micro))
     latent = int(open_probe(f"sae:{sae}", 0, micro).dictionary.encode(rows).mean(0).argmax())
     result = succeeds("experiment", "sonify", *QUICK, "--features", f"sae:{sae}", "--feature", latent, "--out", tmp_path / "report")
     row = result["rows"][0]

@@ -27,6 +27,7 @@ from cache import micro
 from cache.capture import CaptureConfig
 from cache.errors import HearsaeError
 from cache.location import put
+from cache.model import random_twin
 from cache.store import ActivationStore
 from cache.timings import has_timings
 from cluster.commands.align import Align
@@ -143,7 +144,7 @@ class Post(Experiment):
         manifest = self._made / "transcripts.jsonl"
         if not manifest.is_file():
             transcribe(self.speech, self.model, manifest.absolute(), device=self.device, map_pieces=self.map_pieces)
-        model, control = self._word_scan("words", self.model, manifest), self._word_scan("words-random", f"random:{self.seed}:{self.model}", manifest)
+        model, control = self._word_scan("words", self.model, manifest), self._word_scan("words-random", random_twin(self.model, self.seed), manifest)
         return word_report(model, control)
 
     def _word_scan(self, name: str, model: str, manifest: Path) -> Scan:
