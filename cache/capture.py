@@ -14,14 +14,17 @@ import numpy as np
 import torch
 
 from cache.audio import Source, load_clip, open_source
+from cache.encoder import best_arithmetic, encode
 from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import FRAME_SECONDS, Header
 from cache.location import Location, reach
-from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
+from cache.model import LoadedModel, capture_decoder, fast_matmul, load_model, log_mel
 from cache.plan import Plan, make_plan
 from cache.sites import Site, match_sites
 from cache.store import ActivationStore, Skip
 
+ENCODED = "encoder.ln_post"
+"""What the decoder reads."""
 BATCH = {"cpu": 1, "cuda": 16}
 """Clips per forward pass. Batching gains nothing on a CPU."""
 
@@ -209,6 +212,7 @@ class Worker:
         self.sites = {site.name: site for site in match_sites(config.sites, self.model.dims_dict, self.model.has_decoder)}
         # From where this run names it: the header remembers where it was when the store was created.
         self.source = open_source(config.dataset, config.split, config.subset, config.streaming)
+        self.arithmetic = best_arithmetic(self.model.device)
         self.batch = config.batch or BATCH[self.model.device.type]
 
     def run(self, shard: int, audio: ShardAudio | None = None) -> ShardResult:
@@ -266,7 +270,7 @@ class Worker:
     def _forward(self, audio: dict[int, np.ndarray], sites: list[Site], rows: dict[str, np.ndarray]) -> None:
         mel = torch.stack([log_mel(samples, self.model) for samples in audio.values()])
         tokens = [self.store.clips["tokens"][clip].as_py() or [0] for clip in audio]
-        for site_name, values in capture(self.model, mel, sites, tokens).items():
+        for site_name, values in self._outputs(mel, sites, tokens, max(self._n_frames(clip) for clip in audio)).items():
             axis = self.store.sites[site_name]["axis"]
             first_row = self.store.axis(site_name).shard_rows
             for clip, of_clip in zip(audio, values, strict=True):
@@ -277,6 +281,20 @@ class Worker:
                 if not np.isfinite(kept).all():
                     raise _not_kept(site_name, clip, np.isfinite(values_32).all(), self.store.header.dtype)
                 rows[site_name][span.start % first_row :][: len(kept)] = kept
+
+    def _n_frames(self, clip: int) -> int:
+        return int(self.store.clips["n_frames"][clip].as_py())
+
+    def _outputs(self, mel: torch.Tensor, sites: list[Site], tokens: list[list[int]], n_frames: int) -> dict[str, torch.Tensor]:
+        """Site -> fp32 [batch, rows, width]: n_frames rows of encoder sites at least, all positions of decoder sites."""
+        of_decoder = [site for site in sites if site.needs_decoder]
+        of_encoder = {site.name for site in sites} - {site.name for site in of_decoder}
+        encoder = self.model.module.get_submodule("encoder")
+        if not of_decoder:
+            return encode(encoder, mel, of_encoder, n_frames, self.arithmetic)
+        found = encode(encoder, mel, of_encoder | {ENCODED}, None, self.arithmetic)
+        wanted = {name: values for name, values in found.items() if name in of_encoder}
+        return wanted | capture_decoder(self.model, found[ENCODED], of_decoder, tokens)
 
 
 def _not_kept(site: str, clip: int, is_too_large: bool, dtype: str) -> HearsaeError:

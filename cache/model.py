@@ -4,7 +4,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import whisper
 from torch import Tensor, nn
-from whisper.audio import log_mel_spectrogram
+from whisper.audio import HOP_LENGTH, N_FFT, log_mel_spectrogram
 from whisper.model import AudioEncoder, ModelDimensions, Whisper
 from whisper.tokenizer import Tokenizer, get_tokenizer
 
@@ -264,26 +265,65 @@ def log_mel(audio: np.ndarray, model: LoadedModel) -> Tensor:
 
     audio: float32 [n_samples] at 16 kHz, no longer than the model's window.
     """
-    padded = torch.zeros(model.dims.n_audio_ctx * SAMPLES_PER_FRAME)
+    return log_mel_of(audio, model.dims.n_audio_ctx, model)
+
+
+def log_mel_of(audio: np.ndarray, n_frames: int, model: LoadedModel) -> Tensor:
+    """The same for a window of n_frames frames of 20 ms: [n_mels, 2 * n_frames].
+
+    Only what is not padding is transformed: frames of silence are all alike.
+    """
+    total = n_frames * SAMPLES_PER_FRAME
+    heard = -(-(len(audio) + N_FFT) // (2 * HOP_LENGTH)) * 2 * HOP_LENGTH  # and one frame of silence
+    padded = torch.zeros(min(total, heard))
     padded[: len(audio)] = torch.from_numpy(audio)
-    return log_mel_spectrogram(padded, n_mels=model.dims.n_mels, device=model.device)
+    mel = log_mel_spectrogram(padded, n_mels=model.dims.n_mels, device=model.device)
+    return F.pad(mel[None], (0, 2 * n_frames - mel.shape[1]), mode="replicate")[0]
+
+
+@torch.inference_mode()
+def capture(model: LoadedModel, mel: Tensor, sites: Sequence[Site], tokens: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
+    """The outputs of `sites` for a batch: site -> fp32 [batch, positions, width], padding included. openai-whisper's own modules with hooks.
+
+    mel: [batch, n_mels, 2 * n_audio_ctx]. tokens: decoder input of each clip, needed for decoder sites; shorter ones are filled up at the end,
+    which a causal decoder does not see. An attention module gives its output, not its weights. `cache.encoder.encode` is the quicker way.
+    Raises ModelError for decoder sites without a decoder or without tokens.
+    """
+    _refuse_missing_decoder(model, sites, tokens)
+    with _kept(model, sites) as found:
+        encoded = model.module.get_submodule("encoder")(mel)
+        model.module.get_submodule("decoder")(_filled_up(tokens, model.device), encoded)
+    return found
+
+
+@torch.inference_mode()
+def capture_decoder(model: LoadedModel, encoded: Tensor, sites: Sequence[Site], tokens: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The same for decoder sites alone, from the encoder's output, [batch, n_audio_ctx, width]."""
+    _refuse_missing_decoder(model, sites, tokens)
+    with _kept(model, sites) as found:
+        model.module.get_submodule("decoder")(_filled_up(tokens, model.device), encoded)
+    return found
+
+
+def _refuse_missing_decoder(model: LoadedModel, sites: Sequence[Site], tokens: Sequence[Sequence[int]]) -> None:
+    for site in sites:
+        if site.needs_decoder and not (model.has_decoder and tokens):
+            raise ModelError(f"{site.name} needs a checkpoint with a decoder, and clips with text")
+
+
+def _filled_up(tokens: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    width = max(map(len, tokens))
+    return torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tokens], device=device)
 
 
 class _DeepestReached(Exception):
     """Ends the forward pass: what was asked for has been seen."""
 
 
-@torch.inference_mode()
-def capture(model: LoadedModel, mel: Tensor, sites: Sequence[Site], tokens: Sequence[Sequence[int]] = ()) -> dict[str, Tensor]:
-    """The outputs of `sites` for a batch: site -> fp32 [batch, positions, width], padding included.
-
-    mel: [batch, n_mels, 2 * n_audio_ctx]. tokens: decoder input of each clip, needed for decoder sites; shorter ones are filled up at the end,
-    which a causal decoder does not see. An attention module gives its output, not its weights.
-    Raises ModelError for decoder sites without a decoder or without tokens.
-    """
+@contextmanager
+def _kept(model: LoadedModel, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+    """Within it, what `sites` put out is kept, and the forward pass ends after the deepest one, and with it the body of the `with`."""
     deepest = max(sites, key=lambda site: site.order)
-    if deepest.needs_decoder and not (model.has_decoder and tokens):
-        raise ModelError(f"{deepest.name} needs a checkpoint with a decoder, and clips with text")
     found: dict[str, Tensor] = {}
     modules = dict(model.module.named_modules())
 
@@ -297,16 +337,11 @@ def capture(model: LoadedModel, mel: Tensor, sites: Sequence[Site], tokens: Sequ
 
     handles = [modules[site.name].register_forward_hook(keep(site)) for site in sites]
     try:
-        encoded = model.module.get_submodule("encoder")(mel)
-        width = max(map(len, tokens))
-        filled = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in tokens], device=model.device)
-        model.module.get_submodule("decoder")(filled, encoded)
-    except _DeepestReached:
-        pass
+        with suppress(_DeepestReached):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
-    return found
 
 
 @contextmanager

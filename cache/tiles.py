@@ -1,0 +1,294 @@
+"""The instructions of the matrix units (AMX) of recent Intel CPUs and of their widest vectors, for kernels that numba compiles: `cache.amx`.
+
+The units work on eight tiles of 16 rows of 64 bytes. A product of tiles adds to c [16, 16] (fp32) the product of a [16, 32] (bf16) and
+b [16, 16, 2], in which two consecutive rows of the right-hand matrix alternate. Their instructions are LLVM's own; numba has no names for them.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+TILE_BYTES = 1024
+PARTS = 3
+"""Numbers of 8 bits into which one of 24 is split: the bf16 nearest to it, that nearest to what is left, and that nearest to the rest."""
+
+GROUP = PARTS * TILE_BYTES
+"""Bytes of all parts of a tile."""
+
+_instruction: Any = intrinsic
+compiled: Any = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
+
+# Instructions, by tile number. Tiles 0 to 3 are sums, 4 and 5 left, 6 and 7 right factors.
+
+_BYTE, _WORD = ir.IntType(8), ir.IntType(64)
+_POINTER = _BYTE.as_pointer()
+
+
+def _call(builder: Any, name: str, arguments: list[Any]) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def _on_memory(name: str, tile: int) -> Any:
+    @_instruction
+    def instruction(context: Any, address: Any, stride: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _call(builder, name, [ir.Constant(_BYTE, tile), builder.inttoptr(arguments[0], _POINTER), arguments[1]])
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp), generate
+
+    return instruction
+
+
+def _on_tiles(name: str, *tiles: int) -> Any:
+    @_instruction
+    def instruction(context: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _call(builder, name, [ir.Constant(_BYTE, tile) for tile in tiles])
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return instruction
+
+
+def _on_palette(name: str) -> Any:
+    @_instruction
+    def instruction(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _call(builder, name, [builder.inttoptr(arguments[0], _POINTER)])
+            return context.get_dummy_value()
+
+        return types.void(types.intp), generate
+
+    return instruction
+
+
+# Steps on 16 float32 side by side, one vector register. Arguments are addresses.
+
+_SIXTEEN, _SIXTEEN_BITS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(ir.IntType(32), 16)
+_SIXTEEN_HALVES = ir.VectorType(ir.IntType(16), 16)
+_ALIGNED = 4
+
+
+def _splat(value: Any, kind: Any) -> Any:
+    return ir.Constant(kind, [value] * 16)
+
+
+def _read(builder: Any, address: Any, offset: int = 0) -> Any:
+    at = builder.add(address, ir.Constant(_WORD, offset))
+    return builder.load(builder.inttoptr(at, _SIXTEEN.as_pointer()), align=_ALIGNED)
+
+
+def _write(builder: Any, value: Any, address: Any, offset: int = 0) -> None:
+    at = builder.add(address, ir.Constant(_WORD, offset))
+    builder.store(value, builder.inttoptr(at, value.type.as_pointer()), align=_ALIGNED)
+
+
+def _larger(builder: Any, one: Any, other: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
+def _times_plus(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=["contract"]), c, flags=["contract"])
+
+
+def _split(builder: Any, value: Any) -> list[Any]:
+    """The upper halves of the bits of its parts, lower halves zero."""
+    parts = []
+    for _ in range(PARTS):
+        rounded = builder.add(builder.bitcast(value, _SIXTEEN_BITS), _splat(0x8000, _SIXTEEN_BITS))
+        parts.append(builder.and_(rounded, _splat(-0x10000, _SIXTEEN_BITS)))
+        value = builder.fsub(value, builder.bitcast(parts[-1], _SIXTEEN))
+    return parts
+
+
+def _write_pair(builder: Any, even: Any, odd: Any, out: Any) -> None:
+    """The parts of two vectors, number by number beside each other."""
+    for part, (below, above) in enumerate(zip(_split(builder, even), _split(builder, odd), strict=True)):
+        _write(builder, builder.or_(builder.lshr(below, _splat(16, _SIXTEEN_BITS)), above), out, part * TILE_BYTES)
+
+
+def _power_of_two(builder: Any, y: Any) -> Any:
+    """2^y for y <= 0, to 3e-7: its series to the sixth power around the nearest whole number. Nothing is smaller than 2^-126."""
+    smallest = _splat(-126.0, _SIXTEEN)
+    y = builder.select(builder.fcmp_ordered("<", y, smallest), smallest, y)  # NaN stays
+    rounds = _splat(12582912.0, _SIXTEEN)  # 1.5 * 2^23: added to it, a float32 has its whole part in its lowest bits, and no other
+    shifted = builder.fadd(y, rounds)
+    rest = builder.fsub(y, builder.fsub(shifted, rounds))
+    power = _splat(_float32(math.log(2) ** 6 / 720), _SIXTEEN)
+    for k in range(5, -1, -1):
+        power = _times_plus(builder, power, rest, _splat(_float32(math.log(2) ** k / math.factorial(k)), _SIXTEEN))
+    exponent = builder.shl(builder.bitcast(shifted, _SIXTEEN_BITS), _splat(23, _SIXTEEN_BITS))
+    return builder.bitcast(builder.add(builder.bitcast(power, _SIXTEEN_BITS), exponent), _SIXTEEN)
+
+
+def _float32(value: float) -> float:
+    return float(np.float32(value))
+
+
+@_instruction
+def prefetch(context: Any, address: Any) -> Any:
+    """Fetches a cache line that will be written."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        how = [ir.Constant(ir.IntType(32), value) for value in (1, 3, 1)]  # to write, to stay, data
+        _call(builder, "llvm.prefetch.p0", [builder.inttoptr(arguments[0], _POINTER), *how])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
+
+
+@_instruction
+def split_row(context: Any, row: Any, out: Any) -> Any:
+    """32 float32 -> 32 bf16 in each part's tile."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        row, out = arguments
+        for half in range(2):
+            for part, bits in enumerate(_split(builder, _read(builder, row, 64 * half))):
+                halves = builder.trunc(builder.lshr(bits, _splat(16, _SIXTEEN_BITS)), _SIXTEEN_HALVES)
+                _write(builder, halves, out, part * TILE_BYTES + 32 * half)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@_instruction
+def split_pair(context: Any, even: Any, odd: Any, out: Any) -> Any:
+    """Two times 16 float32 -> 16 pairs of bf16 in each part's tile."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        even, odd, out = arguments
+        _write_pair(builder, _read(builder, even), _read(builder, odd), out)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
+
+
+@_instruction
+def raise_to(context: Any, rows: Any, highest: Any) -> Any:
+    """highest [32] = the largest of itself and of rows [32, 32], in each column."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, highest = arguments
+        for half in range(2):
+            values = [_read(builder, rows, 128 * row + 64 * half) for row in range(32)]
+            while len(values) > 1:
+                values = [_larger(builder, one, other) for one, other in zip(values[::2], values[1::2], strict=True)]
+            _write(builder, _larger(builder, values[0], _read(builder, highest, 64 * half)), highest, 64 * half)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@_instruction
+def weigh_pair(context: Any, even: Any, odd: Any, factor: Any, highest: Any, total: Any, out: Any) -> Any:
+    """2^(factor * (score - highest)) of two times 16 scores, added to total [16] and split into pairs."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        even, odd, factor, highest, total, out = arguments
+        empty = ir.Constant(_SIXTEEN, ir.Undefined)
+        factors = builder.insert_element(empty, factor, ir.Constant(ir.IntType(32), 0))
+        factors = builder.shuffle_vector(factors, empty, ir.Constant(_SIXTEEN_BITS, [0] * 16))
+        most = _read(builder, highest)  # taken away first: what counts most is near it, and then exact
+        weights = [_power_of_two(builder, builder.fmul(builder.fsub(_read(builder, score), most), factors)) for score in (even, odd)]
+        _write(builder, builder.fadd(_read(builder, total), builder.fadd(weights[0], weights[1])), total)
+        _write_pair(builder, weights[0], weights[1], out)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.float32, *[types.intp] * 3), generate
+
+
+load_0, load_1, load_2, load_3, load_4, load_5, load_6, load_7 = (_on_memory("llvm.x86.tileloadd64", tile) for tile in range(8))
+store_0, store_1, store_2, store_3 = (_on_memory("llvm.x86.tilestored64", tile) for tile in range(4))
+zero_0, zero_1, zero_2, zero_3 = (_on_tiles("llvm.x86.tilezero", tile) for tile in range(4))
+add_0, add_1, add_2, add_3 = (_on_tiles("llvm.x86.tdpbf16ps", c, a, b) for c, a, b in ((0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)))
+configure, configuration = _on_palette("llvm.x86.ldtilecfg"), _on_palette("llvm.x86.sttilecfg")
+
+PALETTE = np.array([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8], np.uint8)
+"""Eight tiles of 16 rows of 64 bytes."""
+
+
+# What the kernels do with the tiles
+
+
+@compiled
+def zero_sums() -> None:
+    zero_0()
+    zero_1()
+    zero_2()
+    zero_3()
+
+
+@compiled
+def load_sums(address: int, stride: int) -> None:
+    """The sums from [32, 32] float32 whose rows are `stride` bytes apart; of a stride of 0 every row is the same."""
+    load_0(address, stride)
+    load_1(address + 64, stride)
+    load_2(address + 16 * stride, stride)
+    load_3(address + 16 * stride + 64, stride)
+
+
+@compiled
+def multiply(a_0: int, a_1: int, b_0: int, b_1: int, depths: int, parts: int) -> None:
+    """Adds to the sums (tiles 0 1 / 2 3) the products of two left and two right strips of `depths` tiles, given by their addresses.
+
+    parts: of the right factor, 3, or 2 where the third is zero.
+    """
+    for depth in range(depths):
+        of_a, of_b = depth * GROUP, depth * parts * TILE_BYTES
+        load_6(b_0 + of_b, 64)
+        load_7(b_1 + of_b, 64)
+        load_4(a_0 + of_a + 2048, 64)
+        load_5(a_1 + of_a + 2048, 64)
+        add_0()
+        add_1()
+        add_2()
+        add_3()
+        load_4(a_0 + of_a + 1024, 64)
+        load_5(a_1 + of_a + 1024, 64)
+        add_0()
+        add_1()
+        add_2()
+        add_3()
+        load_4(a_0 + of_a, 64)
+        load_5(a_1 + of_a, 64)
+        add_0()
+        add_1()
+        add_2()
+        add_3()
+        if parts == 3:
+            load_6(b_0 + of_b + 2048, 64)
+            load_7(b_1 + of_b + 2048, 64)
+            add_0()
+            add_1()
+            add_2()
+            add_3()
+        load_6(b_0 + of_b + 1024, 64)
+        load_7(b_1 + of_b + 1024, 64)
+        add_0()
+        add_1()
+        add_2()
+        add_3()
+        load_4(a_0 + of_a + 1024, 64)
+        load_5(a_1 + of_a + 1024, 64)
+        add_0()
+        add_1()
+        add_2()
+        add_3()
+
+
+@compiled
+def keep_sums(address: int, stride: int) -> None:
+    """Stores the sums as [32, 32] float32 whose rows are `stride` bytes apart."""
+    store_0(address, stride)
+    store_1(address + 64, stride)
+    store_2(address + 16 * stride, stride)
+    store_3(address + 16 * stride + 64, stride)
