@@ -3,9 +3,11 @@
 Every shard is a pure function of (store, shard), so shards can be made in any order, anywhere, any number of times.
 """
 
+import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -23,6 +25,8 @@ from cache.plan import Plan, make_plan
 from cache.sites import Site, match_sites
 from cache.store import ActivationStore, Skip
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""glibc's malloc.h"""
 ENCODED = "encoder.ln_post"
 """What the decoder reads."""
 BATCH = {"cpu": 1, "cuda": 16}
@@ -212,6 +216,8 @@ class Worker:
         self.sites = {site.name: site for site in match_sites(config.sites, self.model.dims_dict, self.model.has_decoder)}
         # From where this run names it: the header remembers where it was when the store was created.
         self.source = open_source(config.dataset, config.split, config.subset, config.streaming)
+        if self.model.device.type == "cpu":
+            _keep_freed_memory()
         self.arithmetic = best_arithmetic(self.model.device)
         self.batch = config.batch or BATCH[self.model.device.type]
 
@@ -275,12 +281,11 @@ class Worker:
             first_row = self.store.axis(site_name).shard_rows
             for clip, of_clip in zip(audio, values, strict=True):
                 span = self.store.planned_span(axis, clip)
-                values_32 = of_clip[: span.stop - span.start].cpu().numpy()
-                with np.errstate(over="ignore"):  # looked for below
-                    kept = values_32.astype(self.store.header.dtype)
-                if not np.isfinite(kept).all():
-                    raise _not_kept(site_name, clip, np.isfinite(values_32).all(), self.store.header.dtype)
-                rows[site_name][span.start % first_row :][: len(kept)] = kept
+                values = of_clip[: span.stop - span.start]
+                kept = values.to(getattr(torch, self.store.header.dtype)).cpu()
+                if not _is_finite(kept):
+                    raise _not_kept(site_name, clip, _is_finite(values), self.store.header.dtype)
+                rows[site_name][span.start % first_row :][: len(kept)] = kept.numpy()
 
     def _n_frames(self, clip: int) -> int:
         return int(self.store.clips["n_frames"][clip].as_py())
@@ -295,6 +300,18 @@ class Worker:
         found = encode(encoder, mel, of_encoder | {ENCODED}, None, self.arithmetic)
         wanted = {name: values for name, values in found.items() if name in of_encoder}
         return wanted | capture_decoder(self.model, found[ENCODED], of_decoder, tokens)
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    return not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))  # NaN is both ends
+
+
+def _keep_freed_memory() -> None:
+    """Of this process, where glibc manages it: else it gives a layer's output back to the system and fetches it again, page by page, for the next."""
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _not_kept(site: str, clip: int, is_too_large: bool, dtype: str) -> HearsaeError:
