@@ -282,9 +282,8 @@ def compare(which: str, sites: list[str], name: str, model: LoadedModel, clips: 
     for contender, times in seconds.items():
         median = statistics.median(times)
         each = statistics.median([one / mine for one, mine in zip(times, seconds["hearsae"], strict=True)])
-        print(
-            f"  {contender:28s} {len(clips.paths) / median:6.2f} windows/s  {median / len(clips.paths) * 1e3:7.1f} ms   hearsae is {median / ours:5.2f}x (of rounds {each:.2f}x)"
-        )
+        rate, each_ms = len(clips.paths) / median, median / len(clips.paths) * 1e3
+        print(f"  {contender:26s} {rate:6.2f} windows/s {each_ms:7.1f} ms   hearsae is {median / ours:5.2f}x (by rounds {each:.2f}x)")
 
 
 if __name__ == "__main__":

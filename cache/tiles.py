@@ -109,9 +109,9 @@ def _split(builder: Any, value: Any) -> list[Any]:
     return parts
 
 
-def _write_pair(builder: Any, even: Any, odd: Any, out: Any) -> None:
+def _write_pair(builder: Any, even: Any, odd: Any, out: Any, parts: int = PARTS) -> None:
     """The parts of two vectors, number by number beside each other."""
-    for part, (below, above) in enumerate(zip(_split(builder, even), _split(builder, odd), strict=True)):
+    for part, (below, above) in enumerate(zip(_split(builder, even)[:parts], _split(builder, odd)[:parts], strict=True)):
         _write(builder, builder.or_(builder.lshr(below, _splat(16, _SIXTEEN_BITS)), above), out, part * TILE_BYTES)
 
 
@@ -131,18 +131,6 @@ def _power_of_two(builder: Any, y: Any) -> Any:
 
 def _float32(value: float) -> float:
     return float(np.float32(value))
-
-
-@_instruction
-def prefetch(context: Any, address: Any) -> Any:
-    """Fetches a cache line that will be written."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        how = [ir.Constant(ir.IntType(32), value) for value in (1, 3, 1)]  # to write, to stay, data
-        _call(builder, "llvm.prefetch.p0", [builder.inttoptr(arguments[0], _POINTER), *how])
-        return context.get_dummy_value()
-
-    return types.void(types.intp), generate
 
 
 @_instruction
@@ -200,7 +188,7 @@ def weigh_pair(context: Any, even: Any, odd: Any, factor: Any, highest: Any, tot
         most = _read(builder, highest)  # taken away first: what counts most is near it, and then exact
         weights = [_power_of_two(builder, builder.fmul(builder.fsub(_read(builder, score), most), factors)) for score in (even, odd)]
         _write(builder, builder.fadd(_read(builder, total), builder.fadd(weights[0], weights[1])), total)
-        _write_pair(builder, weights[0], weights[1], out)
+        _write_pair(builder, weights[0], weights[1], out, 2)
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.float32, *[types.intp] * 3), generate
@@ -292,3 +280,142 @@ def keep_sums(address: int, stride: int) -> None:
     store_1(address + 64, stride)
     store_2(address + 16 * stride, stride)
     store_3(address + 16 * stride + 64, stride)
+
+
+# The kernels
+
+DEEP = 12
+"""Tiles that are summed over at once: more do not stay in the first-level cache."""
+PANEL = 384
+"""Columns of the result worked on together: their part of the right factor (885 kB) stays in the second-level cache."""
+
+
+@compiled
+def pack_left(x: Any, out: Any) -> None:
+    """x [n, k], whose rows are without gaps, as left factor: out [rows / 16, k / 32, 3, 16, 32] (uint16).
+
+    Rows of it beyond n are left as they are.
+    """
+    depths, stride = out.shape[1], x.strides[0]
+    for row in range(x.shape[0]):
+        at, to = x.ctypes.data + row * stride, out.ctypes.data + (row // 16) * depths * GROUP + (row % 16) * 64
+        for depth in range(depths):
+            split_row(at + depth * 128, to + depth * GROUP)
+
+
+@compiled
+def pack_right(w: Any, out: Any) -> None:
+    """w [n, k] likewise, transposed, as right factor: out [n / 16, k / 32, 3, 16, 16] (uint32, pairs of bf16)."""
+    pack_left(w, out)
+    for group in range(-(-w.shape[0] // 16)):
+        for depth in range(out.shape[1]):
+            for part in range(PARTS):
+                _transpose(out[group, depth, part])
+
+
+@compiled
+def pack_left_transposed(x: Any, out: Any) -> None:
+    """x [n, d] likewise, transposed, as left factor: out [d / 16, n / 32, 3, 16, 16] (uint32, pairs of bf16)."""
+    stride, nothing = x.strides[0], np.zeros(16, np.float32)
+    for group in range(out.shape[0]):
+        for depth in range(out.shape[1]):
+            for i in range(16):
+                row = 32 * depth + 2 * i
+                at = x.ctypes.data + row * stride + 64 * group
+                even = at if row < x.shape[0] else nothing.ctypes.data
+                odd = at + stride if row + 1 < x.shape[0] else nothing.ctypes.data
+                split_pair(even, odd, out[group, depth, 0, i].ctypes.data)
+            for part in range(PARTS):
+                _transpose(out[group, depth, part])
+
+
+@compiled
+def _transpose(tile: Any) -> None:
+    for i in range(16):
+        for j in range(i):
+            tile[i, j], tile[j, i] = tile[j, i], tile[i, j]
+
+
+@compiled
+def product(x: Any, weight: Any, bias: Any, left: Any, y: Any) -> None:
+    """y [rows, n] = x [rows, k] times a right factor, plus bias [n].
+
+    left: room for x, [rows rounded up to 32 / 16, k / 32, 3, 16, 32]; y has so many rows too.
+    """
+    before = np.empty(64, np.uint8)
+    configuration(before.ctypes.data)  # torch's own kernels use the same units: they find them as they left them
+    configure(PALETTE.ctypes.data)
+    pack_left(x, left)
+    depths, parts, n = left.shape[1], weight.shape[2], y.shape[1]
+    strip, strip_of_weight, stride = depths * GROUP, depths * parts * TILE_BYTES, n * 4
+    for depth in range(0, depths, DEEP):
+        deep = min(DEEP, depths - depth)
+        for panel in range(0, n, PANEL):
+            for row in range(0, y.shape[0], 32):
+                a = left.ctypes.data + (row // 16) * strip + depth * GROUP
+                for column in range(panel, min(n, panel + PANEL), 32):
+                    at = y.ctypes.data + row * stride + column * 4
+                    if depth == 0:
+                        initial, apart = bias.ctypes.data + column * 4, 0  # the same row sixteen times
+                    else:
+                        initial, apart = at, stride
+                    load_sums(initial, apart)
+                    b = weight.ctypes.data + (column // 16) * strip_of_weight + depth * parts * TILE_BYTES
+                    multiply(a, a + strip, b, b + strip_of_weight, deep, parts)
+                    keep_sums(at, stride)
+    configure(before.ctypes.data)
+
+
+LOG2_E = 1.4426950408889634
+
+
+@compiled
+def attend(query: Any, key: Any, value: Any, scale: float, scratch: Any, out: Any) -> None:
+    """out [rows, d] = softmax(scale * query key^T) value, of one head: query [rows, d], key and value [n, d].
+
+    The scores lie transposed, keys by queries, so that a softmax is the same steps for 16 queries side by side.
+    scratch: made by `attention_scratch`.
+    """
+    keys, queries, values, scores, weights, sums = scratch
+    before = np.empty(64, np.uint8)
+    configuration(before.ctypes.data)
+    configure(PALETTE.ctypes.data)
+    n, d = key.shape
+    pack_left(key, keys)
+    pack_left_transposed(value, values)
+    depths, blocks = d // 32, scores.shape[0] // 32
+    highest, total, of_block = np.empty(32, np.float32), np.empty(32, np.float32), np.empty(16, np.float32)
+    factor = np.float32(scale * LOG2_E)
+    for first in range(0, query.shape[0], 32):
+        pack_right(query[first : first + 32], queries)
+        b = queries.ctypes.data
+        highest[:] = -np.inf
+        for block in range(blocks):
+            at, a = scores.ctypes.data + block * 4096, keys.ctypes.data + block * 2 * depths * GROUP
+            zero_sums()
+            multiply(a, a + depths * GROUP, b, b + depths * GROUP, depths, PARTS)
+            keep_sums(at, 128)
+            if block == blocks - 1:
+                scores[n:] = -np.inf
+            raise_to(at, highest.ctypes.data)
+        total[:] = 0
+        for half in range(2):
+            of_half = 64 * half
+            for block in range(blocks):
+                at, to = scores.ctypes.data + block * 4096 + of_half, weights.ctypes.data + (half * blocks + block) * 2 * TILE_BYTES
+                of_block[:] = 0  # sums of sums: fewer roundings
+                for pair in range(16):
+                    weigh_pair(at + pair * 256, at + pair * 256 + 128, factor, highest.ctypes.data + of_half, of_block.ctypes.data, to + pair * 64)
+                for j in range(16):
+                    total[16 * half + j] += of_block[j]
+        strip = blocks * GROUP
+        for part in range(0, d, 32):
+            zero_sums()
+            a, b = values.ctypes.data + (part // 16) * strip, weights.ctypes.data
+            multiply(a, a + strip, b, b + blocks * 2 * TILE_BYTES, blocks, 2)
+            keep_sums(sums.ctypes.data + part * 128, 128)
+        total[:] = 1 / total
+        for j in range(min(32, query.shape[0] - first)):
+            for i in range(d):
+                out[first + j, i] = sums[i, j] * total[j]
+    configure(before.ctypes.data)
