@@ -13,6 +13,9 @@ are one uint32. numba compiles the kernels; the instructions of the tiles are LL
 import ctypes
 import platform
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -94,7 +97,7 @@ class Amx:
 
     def __init__(self) -> None:
         self._weights: dict[nn.Module, np.ndarray] = {}
-        self._scratch: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
+        self._local = threading.local()
         self._left = np.empty(0, np.uint16)
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
@@ -106,15 +109,15 @@ class Amx:
         width, n = query.shape[-1] // n_head, key.shape[1]
         if width % 32:
             return Plain().attention(query, key, value, n_head)
-        if (n, width) not in self._scratch:
-            self._scratch = {(n, width): attention_scratch(n, width)}
         out = torch.empty_like(query)
         for one in zip(query, key, value, out, strict=True):
             arrays = [tensor.numpy() for tensor in one]
-            for head in range(0, query.shape[-1], width):
-                attend(
-                    *(array[:, head : head + width] for array in arrays[:3]), width**-0.5, self._scratch[n, width], arrays[3][:, head : head + width]
-                )
+
+            def run(head: int, arrays: list[np.ndarray] = arrays) -> None:
+                q, k, v, result = (array[:, head * width : (head + 1) * width] for array in arrays)
+                attend(q, k, v, width**-0.5, self._scratch(n, width), result)
+
+            _each(run, n_head)
         return out
 
     def convolution(self, x: Tensor, layer: nn.Conv1d) -> Tensor:
@@ -142,5 +145,33 @@ class Amx:
         left = self._left[: rows * k * PARTS].reshape(rows // 16, k // 32, PARTS, 16, 32)
         bias = torch.zeros(width) if layer.bias is None else layer.bias
         y = torch.empty(rows, width)
-        product(x.numpy(), self._weights[layer], bias.numpy(), left, y.numpy())
+        arrays, strips = [tensor.numpy() for tensor in (x, bias, y)], rows // 32
+        threads = min(torch.get_num_threads(), strips)
+
+        def run(thread: int) -> None:
+            first, last = (32 * (strips * part // threads) for part in (thread, thread + 1))
+            product(arrays[0][first:last], self._weights[layer], arrays[1], left[first // 16 : last // 16], arrays[2][first:last])
+
+        _each(run, threads)
         return y[:n]
+
+    def _scratch(self, n: int, width: int) -> tuple[np.ndarray, ...]:
+        """This thread's room for attention; that of the last shape alone is kept."""
+        if getattr(self._local, "shape", None) != (n, width):
+            self._local.shape, self._local.scratch = (n, width), attention_scratch(n, width)
+        return self._local.scratch
+
+
+def _each(run: Callable[[int], None], n: int) -> None:
+    """run(0) to run(n - 1), on as many threads as torch may use: the kernels let go of the interpreter."""
+    threads = min(torch.get_num_threads(), n)
+    if threads == 1:
+        for i in range(n):
+            run(i)
+    else:
+        list(_pool(threads).map(run, range(n)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "amx")

@@ -125,6 +125,21 @@ def test_attention_on_amx_is_as_exact_as_fp32(rows, n, width, n_head):
 
 
 @needs_amx
+def test_threads_share_the_work_and_change_no_bit():
+    layer, arithmetic = torch.nn.Linear(96, 96).requires_grad_(False), amx.Amx()
+    x, before = normal(1, 201, 96), torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append((arithmetic.linear(x, layer), arithmetic.attention(x, x, x, 3)))
+        finally:
+            torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+@needs_amx
 def test_attention_on_amx_holds_where_scores_are_far_from_zero():
     query, key, value = normal(1, 20, 32), normal(1, 70, 32, seed=1), normal(1, 70, 32, seed=2)
     query[..., 0], key[..., 0] = 100.0, -100.0  # all scores near -1,800: padding's zero is far above them
