@@ -15,9 +15,12 @@ runs the encoder, and puts rows on the disk, synchronised, into a folder of --ou
   longest transcript of the four has.
 
 `--floor` times the kernels alone, on the shapes of one window: what remains of a forward pass where nothing else takes time.
+`--exact` gives, for every
+encoder site, the largest relative difference over the clips (norm of the difference over norm) from openai-whisper in fp32, and of both from float64.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -25,19 +28,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import whisper
 from whisper.audio import log_mel_spectrogram, pad_or_trim
-from whisper.model import Whisper
+from whisper.model import LayerNorm, Whisper
 
 from cache.capture import CaptureConfig, Worker, prepare
-from cache.encoder import Arithmetic, Plain, best_arithmetic
-from cache.model import LoadedModel, fast_matmul, load_model
+from cache.encoder import Arithmetic, Plain, best_arithmetic, encode
+from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel
 from cache.sites import match_sites
 
 SITES = {
@@ -201,8 +206,6 @@ def of_blog(model: LoadedModel, clips: Clips, sites: list[str], out: Path) -> Ca
 
 def floor(model: LoadedModel, arithmetic: Arithmetic, sites: list[str], frames: int) -> tuple[float, float]:
     """Seconds of a window's products and attention alone, and of its whole forward pass: each kernel hot, on numbers drawn at random."""
-    from cache.encoder import encode
-
     encoder, generator = model.module.get_submodule("encoder"), torch.Generator().manual_seed(0)
 
     def drawn(n: int, width: int) -> torch.Tensor:
@@ -235,22 +238,47 @@ def floor(model: LoadedModel, arithmetic: Arithmetic, sites: list[str], frames: 
     return total, of(lambda: encode(encoder, whole, sites, frames, arithmetic))
 
 
+def exactness(model: LoadedModel, clips: Clips, best: Arithmetic) -> None:
+    sites = match_sites(["encoder.*"], model.dims_dict, model.has_decoder)
+    encoder = model.module.get_submodule("encoder")
+    double = copy.deepcopy(encoder).double()
+    for norm in double.modules():
+        if isinstance(norm, LayerNorm):
+            norm.forward = partial(F.layer_norm, normalized_shape=norm.normalized_shape, weight=norm.weight, bias=norm.bias, eps=norm.eps)
+    found = {site.name: [0.0, 0.0, 0.0] for site in sites}
+    for path, frames in zip(clips.paths, clips.frames, strict=True):
+        mel = log_mel_spectrogram(pad_or_trim(samples_of(path)))[None]
+        theirs, exact = capture(model, mel, sites), encode(double, mel.double(), list(found), frames)
+        ours = encode(encoder, log_mel(samples_of(path), model)[None], list(found), frames, best)
+        for name, largest in found.items():
+            pairs = (ours[name], theirs[name][:, :frames]), (theirs[name][:, :frames], exact[name]), (ours[name], exact[name])
+            for i, (one, other) in enumerate(pairs):
+                largest[i] = max(largest[i], float((one.double() - other.double()).norm() / other.double().norm()))
+    print(f"{'largest relative difference':34s} ours from theirs   theirs from float64   ours from float64")
+    for name, (apart, of_theirs, of_ours) in found.items():
+        print(f"{name:34s} {apart:16.1e}   {of_theirs:19.1e}   {of_ours:17.1e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--clips", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sites", nargs="+", choices=list(SITES), default=list(SITES))
+    parser.add_argument("--sites", nargs="*", choices=list(SITES), default=list(SITES))
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--out", type=Path, help="where files go; default: a folder that is removed at the end")
     parser.add_argument("--floor", action="store_true")
+    parser.add_argument("--exact", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     name = arguments.model or str(arguments.assets / "whisper" / "tiny.en.encoder.pt")
     model, clips = load_model(name, "cpu"), Clips(arguments.assets, arguments.clips)
     best = best_arithmetic(torch.device("cpu"))
     print(f"{asdict(model.dims)}\n{len(clips.paths)} clips, {np.mean(clips.frames) / 50:.1f} s on average; ours runs on {type(best).__name__}")
+    if arguments.exact:
+        with fast_matmul():
+            exactness(model, clips, best)
     for which in arguments.sites:
         sites = [site.name for site in match_sites(SITES[which], model.dims_dict, model.has_decoder)]
         with tempfile.TemporaryDirectory(dir=arguments.out) as folder:
