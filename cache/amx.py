@@ -26,7 +26,7 @@ from llvmlite.binding import get_host_cpu_features
 from torch import Tensor, nn
 
 from cache.encoder import Plain
-from cache.tiles import PARTS, attend, pack_right, product
+from cache.tiles import DEEP, PARTS, attend, pack_right, product
 
 TOLERANCE = 3e-6
 """Largest relative error of a kernel against float64 at which it is used. Products have 3e-7, as fp32 has, attention up to 1.5e-6."""
@@ -83,7 +83,7 @@ def _error() -> float:
     generator = np.random.default_rng(0)
     x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((100, 96), (64, 96)))
     y = np.empty((128, 64), np.float32)
-    product(x, packed_weight(weight), np.ones(64, np.float32), _aligned((8, 3, PARTS, 16, 32), np.uint16), y)
+    product(x, packed_weight(weight), np.ones(64, np.float32), _aligned((8, DEEP, PARTS, 16, 32), np.uint16), y)
     query, key, value = (generator.standard_normal((100, 32)).astype(np.float32) for _ in range(3))
     out = np.empty_like(query)
     attend(query, key, value, 0.5, attention_scratch(100, 32), out)
@@ -98,7 +98,7 @@ class Amx:
     def __init__(self) -> None:
         self._weights: dict[nn.Module, np.ndarray] = {}
         self._local = threading.local()
-        self._left = np.empty(0, np.uint16)
+        self._left = _aligned((0, DEEP, PARTS, 16, 32), np.uint16)
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
         """x [batch, n, in] -> [batch, n, out], as `layer` does."""
@@ -140,9 +140,8 @@ class Amx:
         if layer not in self._weights:
             self._weights[layer] = packed_weight(weight.contiguous().numpy())
         rows = -(-n // 32) * 32
-        if self._left.size < rows * k * PARTS:
-            self._left = _aligned((rows * k * PARTS,), np.uint16)
-        left = self._left[: rows * k * PARTS].reshape(rows // 16, k // 32, PARTS, 16, 32)
+        if len(self._left) < rows // 16:
+            self._left = _aligned((rows // 16, DEEP, PARTS, 16, 32), np.uint16)
         bias = torch.zeros(width) if layer.bias is None else layer.bias
         y = torch.empty(rows, width)
         arrays, strips = [tensor.numpy() for tensor in (x, bias, y)], rows // 32
@@ -150,7 +149,7 @@ class Amx:
 
         def run(thread: int) -> None:
             first, last = (32 * (strips * part // threads) for part in (thread, thread + 1))
-            product(arrays[0][first:last], self._weights[layer], arrays[1], left[first // 16 : last // 16], arrays[2][first:last])
+            product(arrays[0][first:last], self._weights[layer], arrays[1], self._left[first // 16 : last // 16], arrays[2][first:last])
 
         _each(run, threads)
         return y[:n]

@@ -296,9 +296,14 @@ def pack_left(x: Any, out: Any) -> None:
 
     Rows of it beyond n are left as they are.
     """
-    depths, stride = out.shape[1], x.strides[0]
-    for row in range(x.shape[0]):
-        at, to = x.ctypes.data + row * stride, out.ctypes.data + (row // 16) * depths * GROUP + (row % 16) * 64
+    _pack_rows(x.ctypes.data, x.strides[0], x.shape[0], out.shape[1], out.ctypes.data, out.shape[1] * GROUP)
+
+
+@compiled
+def _pack_rows(x: int, stride: int, rows: int, depths: int, out: int, strip: int) -> None:
+    """The same by addresses: rows of x that are `stride` bytes apart, strips of 16 of them that come out `strip` bytes apart."""
+    for row in range(rows):
+        at, to = x + row * stride, out + (row // 16) * strip + (row % 16) * 64
         for depth in range(depths):
             split_row(at + depth * 128, to + depth * GROUP)
 
@@ -340,19 +345,22 @@ def _transpose(tile: Any) -> None:
 def product(x: Any, weight: Any, bias: Any, left: Any, y: Any) -> None:
     """y [rows, n] = x [rows, k] times a right factor, plus bias [n].
 
-    left: room for x, [rows rounded up to 32 / 16, k / 32, 3, 16, 32]; y has so many rows too.
+    y has as many rows as x, rounded up to 32. left: room for x, or as much of its width as is summed over at once, [rows of y / 16, DEEP, 3, 16, 32].
     """
     before = np.empty(64, np.uint8)
     configuration(before.ctypes.data)  # torch's own kernels use the same units: they find them as they left them
     configure(PALETTE.ctypes.data)
-    pack_left(x, left)
-    depths, parts, n = left.shape[1], weight.shape[2], y.shape[1]
-    strip, strip_of_weight, stride = depths * GROUP, depths * parts * TILE_BYTES, n * 4
+    depths, parts, n = weight.shape[1], weight.shape[2], y.shape[1]
+    strip, strip_of_weight, stride = DEEP * GROUP, depths * parts * TILE_BYTES, n * 4
     for depth in range(0, depths, DEEP):
         deep = min(DEEP, depths - depth)
         for panel in range(0, n, PANEL):
             for row in range(0, y.shape[0], 32):
-                a = left.ctypes.data + (row // 16) * strip + depth * GROUP
+                a = left.ctypes.data
+                if n > PANEL:  # else nobody needs it again, and it stays in the cache
+                    a += (row // 16) * strip
+                if panel == 0:
+                    _pack_rows(x.ctypes.data + row * x.strides[0] + depth * 128, x.strides[0], min(32, x.shape[0] - row), deep, a, strip)
                 for column in range(panel, min(n, panel + PANEL), 32):
                     at = y.ctypes.data + row * stride + column * 4
                     if depth == 0:
