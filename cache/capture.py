@@ -7,7 +7,8 @@ import ctypes
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,7 @@ from cache.header import FRAME_SECONDS, Header
 from cache.location import Location, reach
 from cache.model import LoadedModel, capture_decoder, fast_matmul, load_model, log_mel
 from cache.plan import Plan, make_plan
+from cache.shard_writer import ShardWriter
 from cache.sites import Site, match_sites
 from cache.store import ActivationStore, Skip
 
@@ -244,27 +246,27 @@ class Worker:
             torch.set_num_threads(threads)
 
     def _make(self, shard: int, sites: list[Site], clips: Iterator[tuple[int, np.ndarray | SourceError]], seconds: dict[str, float]) -> ShardResult:
-        rows = {site.name: np.zeros((self.store.axis(site.name).shard_rows, site.width), self.store.header.dtype) for site in sites}
         skipped: list[Skip] = []
-        while True:
-            start = time.perf_counter()
-            group = list(islice(clips, self.batch))
-            seconds["decode"] += time.perf_counter() - start
-            if not group:
-                break
-            start = time.perf_counter()
-            skipped += [self._skip(clip, error) for clip, error in group if isinstance(error, SourceError)]
-            audio = {clip: samples for clip, samples in group if not isinstance(samples, SourceError)}
-            if audio:
-                self._forward(audio, sites, rows)
-            seconds["compute"] += time.perf_counter() - start
-        written = 0
-        for site in sites:
-            start = time.perf_counter()
-            written += self.store.write_shard(site.name, shard, rows.pop(site.name), skipped, dict(seconds)).object_bytes
-            seconds["write"] += time.perf_counter() - start
+        with ExitStack() as stack:
+            thread = stack.enter_context(ThreadPoolExecutor(1, "shard-writer"))
+            writers = {site.name: stack.enter_context(ShardWriter(self.store, site.name, shard, thread)) for site in sites}
+            while True:
+                start = time.perf_counter()
+                group = list(islice(clips, self.batch))
+                seconds["decode"] += time.perf_counter() - start
+                if not group:
+                    break
+                skipped += [self._skip(clip, error) for clip, error in group if isinstance(error, SourceError)]
+                audio = {clip: samples for clip, samples in group if not isinstance(samples, SourceError)}
+                if audio:
+                    self._forward(audio, sites, writers, seconds)
+            written = 0
+            for writer in writers.values():
+                start = time.perf_counter()
+                written += writer.commit(skipped, dict(seconds)).object_bytes
+                seconds["write"] += time.perf_counter() - start
         kept = set(self.store.shard_clips(shard)) - {skip.clip for skip in skipped}
-        frames = sum(int(self.store.clips["n_frames"][clip].as_py()) for clip in kept)
+        frames = sum(self._n_frames(clip) for clip in kept)
         return ShardResult(shard, True, 1, len(kept), frames, written, tuple(skipped), dict(seconds))
 
     def _skip(self, clip: int, error: SourceError) -> Skip:
@@ -273,19 +275,24 @@ class Worker:
             raise SourceError(f"{source} (row {row}): {error}") from error
         return Skip(clip, f"{source} (row {row}): {error}")
 
-    def _forward(self, audio: dict[int, np.ndarray], sites: list[Site], rows: dict[str, np.ndarray]) -> None:
+    def _forward(self, audio: dict[int, np.ndarray], sites: list[Site], writers: dict[str, ShardWriter], seconds: dict[str, float]) -> None:
+        start = time.perf_counter()
         mel = torch.stack([log_mel(samples, self.model) for samples in audio.values()])
         tokens = [self.store.clips["tokens"][clip].as_py() or [0] for clip in audio]
+        dtype = getattr(torch, self.store.header.dtype)
         for site_name, values in self._outputs(mel, sites, tokens, max(self._n_frames(clip) for clip in audio)).items():
             axis = self.store.sites[site_name]["axis"]
-            first_row = self.store.axis(site_name).shard_rows
             for clip, of_clip in zip(audio, values, strict=True):
                 span = self.store.planned_span(axis, clip)
-                values = of_clip[: span.stop - span.start]
-                kept = values.to(getattr(torch, self.store.header.dtype)).cpu()
+                whole = of_clip[: span.stop - span.start]
+                kept = whole.to(dtype).cpu()
                 if not _is_finite(kept):
-                    raise _not_kept(site_name, clip, _is_finite(values), self.store.header.dtype)
-                rows[site_name][span.start % first_row :][: len(kept)] = kept.numpy()
+                    raise _not_kept(site_name, clip, _is_finite(whole), self.store.header.dtype)
+                before = time.perf_counter()
+                writers[site_name].add(clip, kept.numpy())
+                seconds["write"] += time.perf_counter() - before
+                start += time.perf_counter() - before
+        seconds["compute"] += time.perf_counter() - start
 
     def _n_frames(self, clip: int) -> int:
         return int(self.store.clips["n_frames"][clip].as_py())

@@ -6,9 +6,9 @@ record does: objects are written aside and renamed, records after them, so a rea
 
 import base64
 import json
-import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore
 
 from cache.errors import StoreError
-from cache.header import COPY, FILE, Header, crc32c, header_bytes, read_header, refuse_difference, software
+from cache.header import COPY, FILE, Header, crc32c, header_bytes, read_header, refuse_difference
 from cache.location import Location, RemotePath, arrow_input, in_order, location, names_in, put
 from cache.plan import Axis, Plan
 from cache.remote_array import RemoteArray
@@ -282,7 +282,7 @@ class ActivationStore:
     def is_committed(self, site: str, shard: int) -> bool:
         """Whether a site has a shard. Looks at the disk each time, at one file."""
         self.axis(site)
-        return self._record_path(site, shard).is_file()
+        return self.record_path(site, shard).is_file()
 
     def arriving(self, *sites: str, patience: float, every: float = 1.0) -> Iterator[int]:
         """All shards of the plan, each once all of `sites` have it. Looks every so many seconds.
@@ -318,7 +318,7 @@ class ActivationStore:
 
     def record(self, site: str, shard: int) -> CommitRecord:
         """The commit record, read anew. Raises StoreError if it is missing or damaged."""
-        path = self._record_path(site, shard)
+        path = self.record_path(site, shard)
         try:
             record = CommitRecord.from_json(path.read_bytes())
         except FileNotFoundError:
@@ -414,7 +414,7 @@ class ActivationStore:
                 return np.asarray(array[start:stop])
         except (ValueError, OSError, RuntimeError) as error:
             raise StoreError(
-                f"{self._object_path(site, shard)} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again"
+                f"{self.object_path(site, shard)} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again"
             ) from error
 
     def read_clip(self, site: str, clip: int) -> np.ndarray:
@@ -434,7 +434,7 @@ class ActivationStore:
     def _open_array(self, site: str, shard: int) -> zarr.Array:
         # A committed object that is gone would read as zeros: look once, before its first use.
         if (site, shard) not in self._present:
-            expected, path = self._known(site, shard).object_bytes, self._object_path(site, shard)
+            expected, path = self._known(site, shard).object_bytes, self.object_path(site, shard)
             if expected and _size(path) != expected:
                 raise StoreError(f"{path} is missing or cut short: run 'hearsae repair {self.path}', then 'hearsae cache' again")
             self._present.add((site, shard))
@@ -451,45 +451,22 @@ class ActivationStore:
         rows: [shard_rows, d] in the store's dtype, zero outside the spans of the clips that were not skipped.
         Raises StoreError if the place is full or read-only; then nothing was committed.
         """
-        axis = self.axis(site)
-        gone = {skip.clip for skip in skipped}
-        spans = [self.planned_span(self.sites[site]["axis"], clip) for clip in self.shard_clips(shard) if clip not in gone]
-        encoded = self._encode(rows, self.sites[site]["axis"])
-        if encoded is not None:
-            put(self._object_path(site, shard), encoded)
-        total, sq_norm, valid = np.zeros(rows.shape[1]), 0.0, 0
-        for span in spans:
-            block = rows[span.start - shard * axis.shard_rows : span.stop - shard * axis.shard_rows].astype(np.float64)
-            total += block.sum(axis=0)
-            sq_norm += float(np.square(block).sum())
-            valid += len(block)
-        record = CommitRecord(
-            site=site,
-            shard=shard,
-            rows=valid,
-            object_bytes=0 if encoded is None else len(encoded),
-            object_xxh3=xxhash.xxh3_64_hexdigest(encoded or b""),
-            sum=total,
-            sum_sq_norm=sq_norm,
-            skipped=tuple(skipped),
-            seconds=seconds,
-            host=socket.gethostname(),
-            software=software(),
-        )
-        put(self._record_path(site, shard), record.to_json())
-        return record
+        from cache.shard_writer import ShardWriter  # brings PyTorch and numba, which who only reads can do without
 
-    def _encode(self, rows: np.ndarray, axis: str) -> memoryview | None:
-        """The bytes of the shard's object; None where every row is zero, which Zarr keeps as no object at all."""
-        memory = MemoryStore()
-        array = _create_array(memory, rows.shape, axis, self.header)
-        array[:] = rows
-        return _bytes_of(memory, "c/0/0")
+        gone, first = {skip.clip for skip in skipped}, shard * self.axis(site).shard_rows
+        with ThreadPoolExecutor(1) as thread, ShardWriter(self, site, shard, thread) as writer:
+            for clip in self.shard_clips(shard):
+                if clip not in gone:
+                    span = self.planned_span(self.sites[site]["axis"], clip)
+                    writer.add(clip, rows[span.start - first : span.stop - first] if span.stop > span.start else rows[:0])
+            return writer.commit(skipped, seconds)
 
-    def _object_path(self, site: str, shard: int) -> Location:
+    def object_path(self, site: str, shard: int) -> Location:
+        """Where a shard's rows lie."""
         return self.path / site / "c" / str(shard) / "0"
 
-    def _record_path(self, site: str, shard: int) -> Location:
+    def record_path(self, site: str, shard: int) -> Location:
+        """Where its commit record lies."""
         return self.path / "commits" / site / f"{shard:06d}.json"
 
     # Trust
@@ -546,7 +523,7 @@ class ActivationStore:
             return "commit record is damaged"
         if record.site != site or record.shard != shard or not 0 <= shard < self.axis(site).shards:
             return "commit record is of another shard"
-        path = self._object_path(site, shard)
+        path = self.object_path(site, shard)
         if not record.object_bytes:
             return None
         try:
@@ -568,7 +545,7 @@ class ActivationStore:
         try:
             for damage in damages:
                 if damage.shard >= 0:
-                    self._record_path(damage.site, damage.shard).unlink()
+                    self.record_path(damage.site, damage.shard).unlink()
                     self._facts.pop((damage.site, damage.shard), None)
                 elif damage.site.endswith("/zarr.json"):
                     self._add_file(damage.site, self._array_metadata(damage.site.removesuffix("/zarr.json")))

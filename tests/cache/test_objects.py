@@ -294,13 +294,13 @@ def test_damage_is_found_named_and_repaired(s3, harm):
     place = root(s3) / "store"
     good = store_at(place)
     before = {key: good.path.store.get(key) for key in good.path.store.keys(place.key)}
-    path = good._object_path(SITE, 1)
+    path = good.object_path(SITE, 1)
     data = bytearray(path.read_bytes())
     data[40] ^= 1
     if harm == "gone":
         path.unlink()
     elif harm == "record":
-        put(good._record_path(SITE, 1), b"{")
+        put(good.record_path(SITE, 1), b"{")
     else:
         put(path, bytes(data) if harm == "flip" else bytes(data[:-1]))
     store = ActivationStore.open(place)

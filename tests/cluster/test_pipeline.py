@@ -247,7 +247,7 @@ def test_a_follower_waits_for_the_store_too(tmp_path):
 
 def test_a_follower_gives_up_where_nothing_comes(tmp_path, capsys):
     growing(tmp_path / "acts.zarr", [0, 1, 2, 3, 4], pause=0).join()
-    ActivationStore.open(tmp_path / "acts.zarr")._record_path(SITE, 3).unlink()
+    ActivationStore.open(tmp_path / "acts.zarr").record_path(SITE, 3).unlink()
     what = scan_command(tmp_path / "acts.zarr", f"neurons:{SITE}", tmp_path / "scan", "--no-ray", "--follow", "--follow-timeout", "0.5")
     assert main(what) == 1
     said = capsys.readouterr().err
@@ -261,11 +261,11 @@ def test_a_basis_that_needs_all_rows_does_not_follow(tmp_path, capsys):
     growing(tmp_path / "acts.zarr", [0, 1, 2, 3, 4], pause=0).join()
     store = ActivationStore.open(tmp_path / "acts.zarr")
     command = scan_command(store.path, f"random:{SITE}", tmp_path / "scan", "--no-ray", "--follow")
-    record = store._record_path(SITE, 3).read_bytes()
-    store._record_path(SITE, 3).unlink()
+    record = store.record_path(SITE, 3).read_bytes()
+    store.record_path(SITE, 3).unlink()
     assert main(command) == 1
     assert "follows from all rows" in capsys.readouterr().err
-    store._record_path(SITE, 3).write_bytes(record)
+    store.record_path(SITE, 3).write_bytes(record)
     assert main(command) == 0
 
 
