@@ -4,20 +4,23 @@ The bytes are those of zarr-python's sharding codec, without its array in betwee
 last the index: offset and length of every chunk as uint64, then the CRC32C of these. A chunk whose bits are all zero is left out.
 """
 
+import ctypes
 import os
 import socket
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xxhash
-from google_crc32c import value as crc32c_of
-from numba import njit
+from google_crc32c import extend as extend_crc32c
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 from numcodecs import Blosc
 
 from cache.errors import StoreError
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
 
 ABSENT = 2**64 - 1
 """Offset and length of a chunk that is left out."""
+SYNC_FILE_RANGE_WRITE = 2
+"""Linux's fs.h"""
+HASHED_BYTES = 256 << 10
+"""At once, by both checksums: the second finds them in the cache."""
 CHUNKS_IN_FLIGHT = 2
 """Of a site, given to the thread and not yet written: more would be memory that grows where the disk is slower than the model."""
-SYNC_BYTES = 32 << 20
-"""So much, at most, is left to be synchronised at the end, when somebody waits for it."""
 
 
 class ShardWriter:
@@ -46,11 +51,12 @@ class ShardWriter:
         self._axis, self._axis_name, self._thread = store.axis(site), store.sites[site]["axis"], thread
         self._first, width = shard * self._axis.shard_rows, store.sites[site]["width"]
         self._object = _Object(store.object_path(site, shard), store.header.codec, self._axis.shard_rows // self._axis.chunk_rows)
-        self._shape, self._dtype = (self._axis.chunk_rows, width), np.dtype(store.header.dtype)
-        self._chunk, self._number = np.zeros(self._shape, self._dtype), 0
-        self._rows = 0
+        self._number, self._rows = 0, 0
         self._sum, self._sum_sq = np.zeros(width), np.zeros(1)
-        self._pending: list[Future[None]] = []
+        # Buffers go round: fresh memory for each chunk would cost as much as copying it.
+        self._free = [np.empty((self._axis.chunk_rows, width), store.header.dtype) for _ in range(CHUNKS_IN_FLIGHT + 1)]
+        self._chunk, self._filled = self._free.pop(), 0
+        self._pending: list[tuple[Future[None], np.ndarray]] = []
 
     def add(self, clip: int, rows: np.ndarray) -> None:
         """The rows of a clip, [n, d] in the store's dtype: all that are planned for it. Clips come in order; one left out leaves zeros.
@@ -66,7 +72,9 @@ class ShardWriter:
             number, offset = divmod(start, self._axis.chunk_rows)
             self._advance(number)
             here = min(len(rows), self._axis.chunk_rows - offset)
+            self._chunk[self._filled : offset] = 0
             self._chunk[offset : offset + here] = rows[:here]
+            self._filled = offset + here
             rows, start = rows[here:], start + here
 
     def commit(self, skipped: Sequence["Skip"], seconds: dict[str, float]) -> "CommitRecord":
@@ -95,25 +103,28 @@ class ShardWriter:
     def _advance(self, number: int) -> None:
         """Gives away the chunk that is being filled, if it is not this one."""
         if number != self._number:
-            self._wait(CHUNKS_IN_FLIGHT - 1)
-            self._pending.append(self._thread.submit(self._write, self._number, self._chunk))
-            self._chunk, self._number = np.zeros(self._shape, self._dtype), number
+            self._chunk[self._filled :] = 0
+            self._pending.append((self._thread.submit(self._write, self._number, self._chunk), self._chunk))
+            self._wait(CHUNKS_IN_FLIGHT)
+            self._chunk, self._number, self._filled = self._free.pop(), number, 0
 
     def _wait(self, at_most: int) -> None:
-        while len(self._pending) > at_most:
-            self._pending.pop(0).result()
+        while len(self._pending) > at_most or (self._pending and self._pending[0][0].done()):
+            future, chunk = self._pending.pop(0)
+            future.result()
+            self._free.append(chunk)
 
     def _write(self, number: int, chunk: np.ndarray) -> None:
-        add_up(torch.from_numpy(chunk).float().numpy(), self._sum, self._sum_sq)
-        self._object.write(number, chunk)
+        if add_up(chunk.view(f"u{chunk.itemsize}"), self._sum, self._sum_sq):
+            self._object.write(number, chunk)
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for future in self._pending:
+        for future, _ in self._pending:
             future.cancel()
-        for future in self._pending:
+        for future, _ in self._pending:
             if not future.cancelled():
                 future.exception()
         self._object.abandon()
@@ -126,30 +137,25 @@ class _Object:
         self._path = path
         self._blosc = None if codec == "none" else Blosc(cname=codec, clevel=3, shuffle=Blosc.BITSHUFFLE)
         self._index = np.full((chunks, 2), ABSENT, "<u8")
-        self._size, self._synced, self._digest = 0, 0, xxhash.xxh3_64()
+        self._size, self._digest = 0, xxhash.xxh3_64()
         self._aside: Path | None = None
         self._file: IO[bytes] | None = None
         self._kept: list[bytes | np.ndarray] = []
 
     def write(self, number: int, chunk: np.ndarray) -> None:
         """The next chunk that has a number; they ascend."""
-        data = chunk.reshape(-1).view(np.uint8)
-        if not _any_bit(data):
-            return
-        if self._blosc is not None:
-            data = np.frombuffer(self._blosc.encode(chunk), np.uint8)
+        data = chunk.reshape(-1).view(np.uint8) if self._blosc is None else np.frombuffer(self._blosc.encode(chunk), np.uint8)
         data.flags.writeable = False  # google_crc32c takes no other without a copy
         self._index[number] = self._size, len(data) + 4
-        self._append(data, crc32c_of(data).to_bytes(4, "little"))
-        if self._file is not None and self._size - self._synced >= SYNC_BYTES:
-            self._on_disk(lambda file: os.fdatasync(file.fileno()))
-            self._synced = self._size
+        self._append(data)
+        if self._file is not None:
+            _start_writing(self._file)
 
     def finish(self) -> tuple[int, str]:
         """Puts the object in its place. Returns its length and XXH3; where every chunk was zero there is none."""
         if self._size:
             index = self._index.tobytes()
-            self._append(index, crc32c_of(index).to_bytes(4, "little"))
+            self._append(np.frombuffer(index, np.uint8))
             if isinstance(self._path, Path):
                 self._on_disk(self._into_place)
             else:
@@ -164,14 +170,20 @@ class _Object:
             self._aside.unlink(missing_ok=True)
         self._kept = []
 
-    def _append(self, *parts: bytes | np.ndarray) -> None:
-        for part in parts:
-            self._digest.update(part)  # type: ignore[arg-type] # an array is a buffer too
-            self._size += len(part)
+    def _append(self, data: np.ndarray) -> None:
+        """Bytes and their CRC32C."""
+        checksum = 0
+        for first in range(0, len(data), HASHED_BYTES):
+            some = data[first : first + HASHED_BYTES]
+            self._digest.update(some)  # type: ignore[arg-type] # an array is a buffer too
+            checksum = extend_crc32c(checksum, some)
+        end = checksum.to_bytes(4, "little")
+        self._digest.update(end)
+        self._size += len(data) + len(end)
         if isinstance(self._path, Path):
-            self._on_disk(lambda file: file.writelines(parts))
+            self._on_disk(lambda file: file.writelines((data, end)))
         else:
-            self._kept += parts
+            self._kept += (data.copy(), end)
 
     def _into_place(self, file: IO[bytes]) -> None:
         os.fsync(file.fileno())
@@ -192,18 +204,40 @@ class _Object:
             raise StoreError(f"can't write {self._path}: {error.strerror or error}") from error
 
 
-def _any_bit(data: np.ndarray) -> bool:
-    words = len(data) // 8 * 8
-    return bool(data[:words].view(np.uint64).any() or data[words:].any())
+def _start_writing(file: IO[bytes]) -> None:
+    """Has the system write what there is of a file to the disk now, not half a minute later, without waiting for it."""
+    with suppress(AttributeError, OSError):  # of Linux
+        ctypes.CDLL(None).sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+
+
+_instruction: Any = intrinsic
+
+
+@_instruction
+def _from_bits(context: Any, bits: Any) -> Any:
+    """The float16 or float32 of these bits, as float32."""
+    kind = ir.HalfType() if bits == types.uint16 else ir.FloatType()
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = builder.bitcast(arguments[0], kind)
+        return builder.fpext(value, ir.FloatType()) if bits == types.uint16 else value
+
+    return types.float32(bits), generate
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def add_up(rows: Any, total: Any, total_sq: Any) -> None:
-    """Adds to total [d] (float64) the sum of rows [n, d] (float32) and to total_sq [1] that of their squares."""
-    squares = 0.0
+def add_up(rows: Any, total: Any, total_sq: Any) -> bool:
+    """Adds to total [d] (float64) the sum of rows [n, d], and to total_sq [1] that of their squares. Returns whether any bit of rows is set.
+
+    rows: the bits of float16 as uint16, or of float32 as uint32.
+    """
+    squares, together = 0.0, rows.dtype.type(0)
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):
-            value = np.float64(rows[i, j])
+            bits = rows[i, j]
+            value = np.float64(_from_bits(bits))
             total[j] += value
             squares += value * value
+            together |= bits
     total_sq[0] += squares
+    return together != 0

@@ -141,9 +141,18 @@ def test_few_chunks_wait_for_a_slow_disk(tmp_path):
         assert done.is_set()
 
 
-def test_sums_are_those_of_float64():
-    rows = np.random.default_rng(0).standard_normal((1000, 33)).astype(np.float32) * 100
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_sums_are_those_of_float64(dtype):
+    rows = (np.random.default_rng(0).standard_normal((1000, 33)) * 100).astype(dtype)
+    rows[0, :4] = 0.0, -0.0, 6e-8, 65504.0
     total, total_sq = np.ones(33), np.ones(1)
-    add_up(rows, total, total_sq)
+    assert add_up(rows.view(f"u{rows.itemsize}"), total, total_sq)
     np.testing.assert_allclose(total, 1 + rows.astype(np.float64).sum(0), rtol=1e-12, atol=1e-8)
     assert total_sq[0] == pytest.approx(1 + np.square(rows.astype(np.float64)).sum(), rel=1e-13)
+
+
+def test_no_bit_is_set_in_zeros_alone():
+    rows = np.zeros((3, 5), np.float16)
+    assert not add_up(rows.view("u2"), np.zeros(5), np.zeros(1))
+    rows[2, 4] = -0.0
+    assert add_up(rows.view("u2"), np.zeros(5), np.zeros(1))
