@@ -149,7 +149,7 @@ class _Object:
         self._index[number] = self._size, len(data) + 4
         self._append(data)
         if self._file is not None:
-            _start_writing(self._file)
+            self._on_disk(_start_writing)
 
     def finish(self) -> tuple[int, str]:
         """Puts the object in its place. Returns its length and XXH3; where every chunk was zero there is none."""
@@ -165,7 +165,8 @@ class _Object:
     def abandon(self) -> None:
         """Removes what is not in its place."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a full disk, said before
+                self._file.close()
         if self._aside is not None:
             self._aside.unlink(missing_ok=True)
         self._kept = []
@@ -186,6 +187,7 @@ class _Object:
             self._kept += (data.copy(), end)
 
     def _into_place(self, file: IO[bytes]) -> None:
+        file.flush()
         os.fsync(file.fileno())
         file.close()
         assert self._aside is not None and isinstance(self._path, Path)
@@ -198,7 +200,7 @@ class _Object:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._aside = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.tmp")
-                self._file = open(self._aside, "wb", buffering=0)  # noqa: SIM115 - closed by `abandon`
+                self._file = open(self._aside, "wb")  # noqa: SIM115 - closed by `abandon`
             act(self._file)
         except OSError as error:
             raise StoreError(f"can't write {self._path}: {error.strerror or error}") from error
@@ -206,7 +208,8 @@ class _Object:
 
 def _start_writing(file: IO[bytes]) -> None:
     """Has the system write what there is of a file to the disk now, not half a minute later, without waiting for it."""
-    with suppress(AttributeError, OSError):  # of Linux
+    file.flush()
+    with suppress(AttributeError):  # of Linux
         ctypes.CDLL(None).sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
 
