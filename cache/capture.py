@@ -4,9 +4,10 @@ Every shard is a pure function of (store, shard), so shards can be made in any o
 """
 
 import ctypes
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ import numpy as np
 import torch
 
 from cache.audio import Source, load_clip, open_source
+from cache.context import Context, chosen_context
+from cache.deviation import DeviationSums, clips_to_compare, compare, take_due
 from cache.encoder import best_arithmetic, encode
 from cache.errors import HearsaeError, ModelError, SourceError
 from cache.header import FRAME_SECONDS, Header
 from cache.location import Location, reach
-from cache.model import LoadedModel, capture_decoder, fast_matmul, load_model, log_mel
+from cache.model import LoadedModel, capture_decoder, fast_matmul, load_model, log_mel_of
 from cache.plan import Plan, make_plan
 from cache.shard_writer import ShardWriter
 from cache.sites import Site, match_sites
@@ -33,6 +36,8 @@ ENCODED = "encoder.ln_post"
 """What the decoder reads."""
 BATCH = {"cpu": 1, "cuda": 16}
 """Clips per forward pass. Batching gains nothing on a CPU."""
+BATCHES_AHEAD = 16
+"""Of clips that are decoded before the first is computed where only clips of one length share a batch: enough to find some."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class CaptureConfig:
     """Use the first so many files or rows only."""
     clip_seconds: float = 30.0
     """Cut audio into clips of at most this length (at most 30)."""
+    context: Literal["padded", "trimmed"] = "padded"
+    """What Whisper hears behind a clip: padded: silence up to its window of 30 s, as it was trained; trimmed: --margin seconds of that, much
+    quicker for short clips, and other activations: by how much is measured, printed and stored. Encoder sites only."""
+    margin: float | None = None
+    """With --context trimmed: seconds of silence behind a clip, in steps of 0.02; default: 1."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type of the stored activations."""
     codec: Literal["none", "lz4", "zstd"] = "none"
@@ -122,7 +132,11 @@ def plan_capture(config: CaptureConfig, model: LoadedModel) -> tuple[Source, Pla
         value = getattr(config, name)
         if value is not None and value < 1:
             raise HearsaeError(f"--{name} {value} must be at least 1")
+    context = chosen_context(config.context, config.margin)
     sites = match_sites(config.sites, model.dims_dict, model.has_decoder)
+    of_decoder = [site.name for site in sites if site.needs_decoder]
+    if context.is_trimmed and of_decoder:
+        raise HearsaeError(f"--context trimmed is for encoder sites: {of_decoder[0]} reads the whole window; leave it out, or use --context padded")
     source = open_source(config.dataset, config.split, config.subset, config.streaming)
     plan = make_plan(
         islice(source.items(), config.limit),
@@ -146,9 +160,15 @@ def prepare(config: CaptureConfig) -> Prepared:
     reach(config.out)
     model = load_model(config.model, "cpu")
     source, plan, sites = plan_capture(config, model)
-    header = Header(model.header(), source.describe(), plan.axes, plan.summary(), dtype=config.dtype, codec=config.codec)
+    header = make_header(config, model, source, plan)
     store = ActivationStore.create(config.out, header, plan, sites)
     return Prepared(store, sites, store.pending([site.name for site in sites]))
+
+
+def make_header(config: CaptureConfig, model: LoadedModel, source: Source, plan: Plan) -> Header:
+    """Of the store that a run makes, before it has sites."""
+    context = chosen_context(config.context, config.margin).to_json()
+    return Header(model.header(), source.describe(), plan.axes, plan.summary(), config.dtype, config.codec, context)
 
 
 Clips = Iterable[tuple[int, np.ndarray | SourceError]]
@@ -208,7 +228,8 @@ def unpack_audio(audio: ShardAudio, first_clip: int) -> Clips:
 class Worker:
     """Holds a model and makes shards. One thread on a CPU: shards parallelise better as one-thread processes than as threads."""
 
-    def __init__(self, config: CaptureConfig, threads: int = 1) -> None:
+    def __init__(self, config: CaptureConfig, threads: int = 1, measures_deviation: bool = True) -> None:
+        """measures_deviation: of trimmed windows from whole ones, on the few clips that are meant for it."""
         self.config = config
         self.threads = threads
         self.model = load_model(config.model, config.device)
@@ -222,6 +243,9 @@ class Worker:
             _keep_freed_memory()
         self.arithmetic = best_arithmetic(self.model.device)
         self.batch = config.batch or BATCH[self.model.device.type]
+        self.context = Context.from_json(self.store.header.context)
+        self.clips_ahead = self.batch * BATCHES_AHEAD if self.context.is_trimmed and self.batch > 1 else self.batch
+        self.measures_deviation = measures_deviation and self.context.is_trimmed
 
     def run(self, shard: int, audio: ShardAudio | None = None) -> ShardResult:
         """Makes and commits what the shard lacks. audio: of the shard, if it was decoded elsewhere.
@@ -247,26 +271,35 @@ class Worker:
 
     def _make(self, shard: int, sites: list[Site], clips: Iterator[tuple[int, np.ndarray | SourceError]], seconds: dict[str, float]) -> ShardResult:
         skipped: list[Skip] = []
+        due = clips_to_compare(self.store.clips.num_rows, self.store.shard_clips(shard)) if self.measures_deviation else []
+        deviation: dict[str, DeviationSums] = {}
         with ExitStack() as stack:
             thread = stack.enter_context(ThreadPoolExecutor(1, "shard-writer"))
             writers = {site.name: stack.enter_context(ShardWriter(self.store, site.name, shard, thread)) for site in sites}
             while True:
                 start = time.perf_counter()
-                group = list(islice(clips, self.batch))
+                group = list(islice(clips, self.clips_ahead))
                 seconds["decode"] += time.perf_counter() - start
                 if not group:
                     break
+                start = time.perf_counter()
                 skipped += [self._skip(clip, error) for clip, error in group if isinstance(error, SourceError)]
                 audio = {clip: samples for clip, samples in group if not isinstance(samples, SourceError)}
-                if audio:
-                    self._forward(audio, sites, writers, seconds)
+                rows = self._rows(audio, sites)
+                for clip in take_due(due, audio):
+                    self._compare(clip, audio[clip], sites, deviation)
+                computed = time.perf_counter()
+                seconds["compute"] += computed - start
+                for site_name, clip in itertools.product(writers, audio):
+                    writers[site_name].add(clip, rows.pop((site_name, clip)))
+                seconds["write"] += time.perf_counter() - computed
             written = 0
-            for writer in writers.values():
+            for site_name, writer in writers.items():
                 start = time.perf_counter()
-                written += writer.commit(skipped, dict(seconds)).object_bytes
+                written += writer.commit(skipped, dict(seconds), deviation.get(site_name)).object_bytes
                 seconds["write"] += time.perf_counter() - start
         kept = set(self.store.shard_clips(shard)) - {skip.clip for skip in skipped}
-        frames = sum(self._n_frames(clip) for clip in kept)
+        frames = sum(map(self._n_frames, kept))
         return ShardResult(shard, True, 1, len(kept), frames, written, tuple(skipped), dict(seconds))
 
     def _skip(self, clip: int, error: SourceError) -> Skip:
@@ -275,30 +308,53 @@ class Worker:
             raise SourceError(f"{source} (row {row}): {error}") from error
         return Skip(clip, f"{source} (row {row}): {error}")
 
-    def _forward(self, audio: dict[int, np.ndarray], sites: list[Site], writers: dict[str, ShardWriter], seconds: dict[str, float]) -> None:
-        start = time.perf_counter()
-        mel = torch.stack([log_mel(samples, self.model) for samples in audio.values()])
-        tokens = [self.store.clips["tokens"][clip].as_py() or [0] for clip in audio]
-        dtype = getattr(torch, self.store.header.dtype)
-        for site_name, values in self._outputs(mel, sites, tokens, max(self._n_frames(clip) for clip in audio)).items():
+    def _batches(self, audio: Mapping[int, np.ndarray]) -> Iterator[dict[int, np.ndarray]]:
+        """The same clips in batches of one length of window each: only those can be computed together."""
+        of_window: dict[int, list[int]] = defaultdict(list)
+        for clip in audio:
+            of_window[self._window(clip)].append(clip)
+        for clips in of_window.values():
+            for first in range(0, len(clips), self.batch):
+                yield {clip: audio[clip] for clip in clips[first : first + self.batch]}
+
+    def _rows(self, audio: Mapping[int, np.ndarray], sites: list[Site]) -> dict[tuple[str, int], np.ndarray]:
+        """(site, clip) -> the rows that are stored, [n, d]."""
+        dtype, rows = getattr(torch, self.store.header.dtype), {}
+        outputs = ((batch, found) for batch in self._batches(audio) for found in self._outputs(batch, sites, self.context).items())
+        for batch, (site_name, values) in outputs:
             axis = self.store.sites[site_name]["axis"]
-            for clip, of_clip in zip(audio, values, strict=True):
+            for clip, of_clip in zip(batch, values, strict=True):
                 span = self.store.planned_span(axis, clip)
                 whole = of_clip[: span.stop - span.start]
                 kept = whole.to(dtype).cpu()
                 if not _is_finite(kept):
                     raise _not_kept(site_name, clip, _is_finite(whole), self.store.header.dtype)
-                before = time.perf_counter()
-                writers[site_name].add(clip, kept.numpy())
-                seconds["write"] += time.perf_counter() - before
-                start += time.perf_counter() - before
-        seconds["compute"] += time.perf_counter() - start
+                rows[site_name, clip] = kept.numpy()
+        return rows
+
+    def _compare(self, clip: int, samples: np.ndarray, sites: list[Site], deviation: dict[str, DeviationSums]) -> None:
+        """Adds how far the clip's trimmed rows are from those of a whole window."""
+        n_frames = self._n_frames(clip)
+        trimmed, padded = (self._outputs({clip: samples}, sites, context) for context in (self.context, Context(None)))
+        for name in padded:
+            found = compare(*(values[name][0, :n_frames].cpu().numpy() for values in (trimmed, padded)))
+            if not np.isfinite(found).all():
+                raise _not_kept(name, clip, False, self.store.header.dtype)
+            deviation[name] = deviation.get(name, DeviationSums()).plus(found)
 
     def _n_frames(self, clip: int) -> int:
-        return int(self.store.clips["n_frames"][clip].as_py())
+        span = self.store.planned_span("frame", clip)
+        return span.stop - span.start
 
-    def _outputs(self, mel: torch.Tensor, sites: list[Site], tokens: list[list[int]], n_frames: int) -> dict[str, torch.Tensor]:
-        """Site -> fp32 [batch, rows, width]: n_frames rows of encoder sites at least, all positions of decoder sites."""
+    def _window(self, clip: int) -> int:
+        return self.context.window(self._n_frames(clip), self.model.dims.n_audio_ctx)
+
+    def _outputs(self, audio: dict[int, np.ndarray], sites: list[Site], context: Context) -> dict[str, torch.Tensor]:
+        """Of clips whose windows are equally long: site -> fp32 [batch, rows, width]; every frame of each clip at least, all positions of
+        decoder sites."""
+        n_frames = max(map(self._n_frames, audio))
+        window = context.window(n_frames, self.model.dims.n_audio_ctx)
+        mel = torch.stack([log_mel_of(samples, window, self.model) for samples in audio.values()])
         of_decoder = [site for site in sites if site.needs_decoder]
         of_encoder = {site.name for site in sites} - {site.name for site in of_decoder}
         encoder = self.model.module.get_submodule("encoder")
@@ -306,6 +362,7 @@ class Worker:
             return encode(encoder, mel, of_encoder, n_frames, self.arithmetic)
         found = encode(encoder, mel, of_encoder | {ENCODED}, None, self.arithmetic)
         wanted = {name: values for name, values in found.items() if name in of_encoder}
+        tokens = [self.store.clips["tokens"][clip].as_py() or [0] for clip in audio]
         return wanted | capture_decoder(self.model, found[ENCODED], of_decoder, tokens)
 
 
@@ -349,4 +406,6 @@ def summarise(prepared: Prepared, run: dict[str, Any], seconds: float) -> dict[s
         "shards": store.axis(names[0]).shards,
         "seconds": seconds,
         "sites": {name: {"width": width[name], "bytes": totals[name].object_bytes} for name in names},
+        "context": store.header.context,
+        "deviation": {name: found._asdict() for name in names if (found := totals[name].deviation.deviation())},
     }

@@ -17,6 +17,8 @@ FILE, COPY = "zarr.json", "header.json"
 """A store's header and its copy, from which `repair` makes it again."""
 FRAME_SECONDS = 0.02
 SAMPLE_RATE = 16000
+PADDED: dict[str, Any] = {"mode": "padded"}
+"""The context of a store of whole windows."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Header:
     """`hash`, `seed`, `clips`, `skipped_sources`, `clip_seconds`."""
     dtype: str = "float16"
     codec: Literal["none", "lz4", "zstd"] = "none"
-    context: dict[str, Any] = field(default_factory=lambda: {"mode": "padded"})
+    context: dict[str, Any] = field(default_factory=lambda: dict(PADDED))
+    """What the encoder heard behind a clip: `cache.context`."""
     sites: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Site name -> `axis`, `width`."""
     files: dict[str, str] = field(default_factory=dict)
@@ -56,8 +59,14 @@ class Header:
         flat: dict[str, Any] = {"format": self.format, "model.sha256": self.model["sha256"], "model.dims": self.model["dims"]}
         flat |= {f"plan.{key}": value for key, value in self.plan.items() if key != "hash"}
         flat |= {f"axes.{name}": axis._asdict() for name, axis in self.axes.items()}
-        flat |= {"dtype": self.dtype, "codec": self.codec, "context": self.context, "frame_seconds": self.frame_seconds}
+        flat |= {"dtype": self.dtype, "codec": self.codec, "context": name_of_context(self.context), "frame_seconds": self.frame_seconds}
         return flat | {"sample_rate": self.sample_rate, "plan.hash": self.plan["hash"]}
+
+
+def name_of_context(context: dict[str, Any]) -> str:
+    """For messages: `padded`, or `trimmed with a margin of 1 s`."""
+    margin = f" with a margin of {context['margin_s']:g} s" if "margin_s" in context else ""
+    return f"{context['mode']}{margin}"
 
 
 def software() -> dict[str, str]:

@@ -28,6 +28,7 @@ from cache.header import software
 from cache.location import Location, put
 
 if TYPE_CHECKING:
+    from cache.deviation import DeviationSums
     from cache.store import ActivationStore, CommitRecord, Skip
 
 ABSENT = 2**64 - 1
@@ -77,7 +78,7 @@ class ShardWriter:
             self._filled = offset + here
             rows, start = rows[here:], start + here
 
-    def commit(self, skipped: Sequence["Skip"], seconds: dict[str, float]) -> "CommitRecord":
+    def commit(self, skipped: Sequence["Skip"], seconds: dict[str, float], deviation: "DeviationSums | None" = None) -> "CommitRecord":
         """The object, then its record: the shard exists. Raises StoreError if the place is full or read-only; then it does not."""
         from cache.store import CommitRecord
 
@@ -96,6 +97,7 @@ class ShardWriter:
             seconds=seconds,
             host=socket.gethostname(),
             software=software(),
+            deviation=deviation,
         )
         put(self.store.record_path(self.site, self.shard), record.to_json())
         return record

@@ -22,6 +22,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore, MemoryStore
 
+from cache.deviation import DeviationSums
 from cache.errors import StoreError
 from cache.header import COPY, FILE, Header, crc32c, header_bytes, read_header, refuse_difference
 from cache.location import Location, RemotePath, arrow_input, in_order, location, names_in, put
@@ -71,6 +72,8 @@ class SiteTotals(NamedTuple):
     object_bytes: int
     skipped: dict[int, str]
     """Clip -> why it has no rows."""
+    deviation: DeviationSums
+    """Of trimmed windows from whole ones, of the clips that were compared."""
 
 
 class Damage(NamedTuple):
@@ -104,13 +107,17 @@ class CommitRecord:
     seconds: dict[str, float]
     host: str
     software: dict[str, str]
+    deviation: DeviationSums | None = None
+    """Of trimmed windows from whole ones, where clips of this shard were compared."""
 
     def to_json(self) -> bytes:
         data = asdict(self) | {
             "sum": base64.b64encode(self.sum.astype("<f8").tobytes()).decode(),
             "skipped": [skip._asdict() for skip in self.skipped],
         }
-        return _with_crc32c(data)
+        compared = {"deviation": self.deviation._asdict()} if self.deviation else {}
+        del data["deviation"]
+        return _with_crc32c(data | compared)
 
     @classmethod
     def from_json(cls, text: bytes) -> "CommitRecord":
@@ -119,7 +126,8 @@ class CommitRecord:
         if data.pop("crc32c", None) is not None and _with_crc32c(data) != text:
             raise ValueError("its CRC32C is not its own")
         total = np.frombuffer(base64.b64decode(data["sum"]), dtype="<f8")
-        return cls(**data | {"sum": total, "skipped": tuple(Skip(**skip) for skip in data["skipped"])})
+        deviation = DeviationSums(**data["deviation"]) if "deviation" in data else None
+        return cls(**data | {"sum": total, "skipped": tuple(Skip(**skip) for skip in data["skipped"]), "deviation": deviation})
 
 
 def _with_crc32c(record: dict[str, Any]) -> bytes:
@@ -334,11 +342,12 @@ class ActivationStore:
 
     def totals(self, site: str) -> SiteTotals:
         """Counts over the committed shards. Raises StoreError if a record is damaged."""
-        shards, rows, object_bytes, skipped = 0, 0, 0, dict[int, str]()
+        shards, rows, object_bytes, skipped, deviation = 0, 0, 0, dict[int, str](), DeviationSums()
         for record in self.records(site):
             shards, rows, object_bytes = shards + 1, rows + record.rows, object_bytes + record.object_bytes
             skipped.update((skip.clip, skip.reason) for skip in record.skipped)
-        return SiteTotals(shards, rows, object_bytes, skipped)
+            deviation = deviation.plus(record.deviation or DeviationSums())
+        return SiteTotals(shards, rows, object_bytes, skipped, deviation)
 
     def remember(self, shards: Sequence[int], *sites: str) -> None:
         """Reads what `spans` needs of shards, many at once, where it would read one by one. Raises StoreError if one is not committed."""
@@ -445,10 +454,18 @@ class ActivationStore:
 
     # Writing
 
-    def write_shard(self, site: str, shard: int, rows: np.ndarray, skipped: Sequence[Skip], seconds: dict[str, float]) -> CommitRecord:
+    def write_shard(
+        self,
+        site: str,
+        shard: int,
+        rows: np.ndarray,
+        skipped: Sequence[Skip],
+        seconds: dict[str, float],
+        deviation: DeviationSums | None = None,
+    ) -> CommitRecord:
         """Writes and commits one (site, shard).
 
-        rows: [shard_rows, d] in the store's dtype, zero outside the spans of the clips that were not skipped.
+        rows: [shard_rows, d] in the store's dtype, zero outside the spans of the clips that were not skipped. deviation: goes into the record.
         Raises StoreError if the place is full or read-only; then nothing was committed.
         """
         from cache.shard_writer import ShardWriter  # brings PyTorch and numba, which who only reads can do without
@@ -459,7 +476,7 @@ class ActivationStore:
                 if clip not in gone:
                     span = self.planned_span(self.sites[site]["axis"], clip)
                     writer.add(clip, rows[span.start - first : span.stop - first] if span.stop > span.start else rows[:0])
-            return writer.commit(skipped, seconds)
+            return writer.commit(skipped, seconds, deviation)
 
     def object_path(self, site: str, shard: int) -> Location:
         """Where a shard's rows lie."""

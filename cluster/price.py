@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cache.capture import BATCH, CaptureConfig, Worker, plan_capture
+from cache.capture import BATCH, CaptureConfig, Worker, make_header, plan_capture
+from cache.context import Context
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS, Header, refuse_difference
 from cache.model import choose_device, load_model
@@ -62,7 +64,7 @@ def price(
     options.check()
     model = load_model(config.model, "cpu")
     source, plan, sites = plan_capture(config, model)
-    header = Header(model.header(), source.describe(), plan.axes, plan.summary(), dtype=config.dtype, codec=config.codec)
+    header = make_header(config, model, source, plan)
     dims = model.dims_dict
     del model
     pending = _pending(config, header, sites)
@@ -72,7 +74,10 @@ def price(
     rows = {"frame": plan.clips["n_frames"].to_numpy(), "token": n_tokens}
     pool = _pool(options, len(shards), uses_gpu=config.device != "cpu")
     timed = calibrate(config, header, sites, clips, seconds, pool.cpus) if shards and seconds > 0 else None
-    per_window = window_flop(dims, sites, round(n_tokens.sum() / max(1, (n_tokens > 0).sum())))
+    tokens_of_one = round(n_tokens.sum() / max(1, (n_tokens > 0).sum()))
+    windows = _windows(plan.clips, Context.from_json(header.context), dims["n_audio_ctx"])
+    flop = {length: window_flop(dims | {"n_audio_ctx": length}, sites, tokens_of_one) for length in windows}
+    per_window = sum(flop[length] * count for length, count in windows.items()) / plan.clips.num_rows
     estimate = _estimate(timed, clips.num_rows, len(shards), pool) if timed else None
     sizes = {site.name: _site_bytes(plan, rows[site.axis], site, config, range(plan.axes["frame"].shards), timed) for site in sites}
     missing = sum(_site_bytes(plan, rows[site.axis], site, config, pending[site.name], timed) for site in sites)
@@ -92,7 +97,7 @@ def price(
         "bytes_to_write": missing,
         "free_bytes": free,
         "fits": free is None or missing <= free,
-        "window_seconds": dims["n_audio_ctx"] * FRAME_SECONDS,
+        "window_seconds": sum(length * count for length, count in windows.items()) / plan.clips.num_rows * FRAME_SECONDS,
         "gflop_per_window": per_window / 1e9,
         "gflop": per_window * clips.num_rows / 1e9,
         "calibration": timed and {
@@ -127,7 +132,7 @@ def price_text(result: dict[str, Any]) -> str:
     timed = result["calibration"]
     if not result["windows"]:
         return "\n".join([*lines, "nothing is left to compute"])
-    lines.append(f"{result['gflop_per_window']:.3g} GFLOP per window of {result['window_seconds']:g} s, {result['gflop']:,.0f} GFLOP in all")
+    lines.append(f"{result['gflop_per_window']:.3g} GFLOP per window of {result['window_seconds']:.3g} s, {result['gflop']:,.0f} GFLOP in all")
     if timed is None:
         return "\n".join(lines)
     lines += [
@@ -139,6 +144,11 @@ def price_text(result: dict[str, Any]) -> str:
     if result["price"]:
         lines.append(f"price: {result['price']:.3g}, for {result['workers']} x {duration(result['estimated_seconds'])}")
     return "\n".join(lines)
+
+
+def _windows(clips: pa.Table, context: Context, n_audio_ctx: int) -> Counter[int]:
+    """How many of the clips the encoder hears in a window of so many positions."""
+    return Counter(context.window(n_frames, n_audio_ctx) for n_frames in clips["n_frames"].to_pylist())
 
 
 def _pool(options: PoolOptions, shards: int, uses_gpu: bool) -> Pool:
@@ -251,7 +261,7 @@ def calibrate(config: CaptureConfig, header: Header, sites: Sequence[Site], clip
     with TemporaryDirectory(prefix="hearsae-dry-run-") as folder:
         here = replace(config, out=Path(folder) / "store")
         store = ActivationStore.create(here.out, replace(header, axes=axes, plan=plan.summary(), sites={}), plan, sites)
-        worker = Worker(here, threads)
+        worker = Worker(here, threads, measures_deviation=False)
         started = time.perf_counter()
         for shard in range(axes["frame"].shards):
             start = time.perf_counter()

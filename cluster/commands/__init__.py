@@ -6,9 +6,11 @@ A command is a frozen dataclass: its fields are the flags, `run` returns what `-
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from cache.header import PADDED, name_of_context
 
 Item = TypeVar("Item")
 
@@ -41,3 +43,15 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.3g} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def context_text(context: dict[str, Any]) -> str:
+    """What is said of a store's context: nothing where Whisper heard its whole window, as it does elsewhere."""
+    return "" if context == PADDED else f", {name_of_context(context)}"
+
+
+def deviation_text(deviation: dict[str, Any] | None) -> str:
+    """What is said of a site of a trimmed store: `; 14.1 % from padded, mean cosine 0.991 (8 clips)`."""
+    if not deviation:
+        return ""
+    return f"; {100 * deviation['relative']:.3g} % from padded, mean cosine {deviation['cosine']:.5f} ({deviation['clips']} clips)"

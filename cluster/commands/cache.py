@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cache.capture import CaptureConfig, prepare, summarise
 from cache.runs import RunLog, live_runs
-from cluster.commands import Output, size
+from cluster.commands import Output, context_text, deviation_text, size
 from cluster.pipeline import PoolOptions, capture_shards
 from cluster.price import price, price_text
 
@@ -35,8 +35,11 @@ class Cache(Output, PoolOptions, CaptureConfig):
     def summary(self, result: dict[str, Any]) -> str:
         if self.dry_run:
             return price_text(result)
-        sites = [f"  {name}: width {site['width']}, {size(site['bytes'])}" for name, site in result["sites"].items()]
-        head = f"{result['store']}: {result['clips']} clips, {result['frames']} frames"
+        sites = [
+            f"  {name}: width {site['width']}, {size(site['bytes'])}{deviation_text(result['deviation'].get(name))}"
+            for name, site in result["sites"].items()
+        ]
+        head = f"{result['store']}: {result['clips']} clips, {result['frames']} frames{context_text(result['context'])}"
         done = f"{result['shards_computed']} of {result['shards']} shards computed in {result['seconds']:.1f} s"
         done += f"; {n} were given out again because their worker died" if (n := result["shards_retried"]) else ""
         reasons = result["skipped_reasons"]

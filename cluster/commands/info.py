@@ -14,7 +14,7 @@ from cache.location import Location
 from cache.progress import StoreProgress
 from cache.runs import runs
 from cache.store import ActivationStore
-from cluster.commands import Output, duration, size
+from cluster.commands import Output, context_text, deviation_text, duration, size
 
 LOOKING_SHARE = 10
 """Waiting is at least this many times as long as looking took."""
@@ -61,7 +61,8 @@ class Info(Output):
             totals = store.totals(name)
             skipped |= totals.skipped.keys()
             counts = {"committed": totals.shards, "rows": totals.rows, "bytes": totals.object_bytes}
-            sites[name] = {**site, "shards": store.axis(name).shards, **counts}
+            found = totals.deviation.deviation()
+            sites[name] = {**site, "shards": store.axis(name).shards, **counts, "deviation": found and found._asdict()}
         return {
             "store": str(self.store),
             "model": store.header.model,
@@ -71,6 +72,7 @@ class Info(Output):
             "skipped": len(skipped) + store.skipped_sources.num_rows,
             "dtype": store.header.dtype,
             "codec": store.header.codec,
+            "context": store.header.context,
             "axes": {name: axis._asdict() for name, axis in store.header.axes.items()},
             "sites": sites,
             "software": store.header.software,
@@ -83,10 +85,11 @@ class Info(Output):
         model = result["model"]
         lines = [
             f"{result['store']}: {result['clips']} clips, {result['hours']:.2f} hours, {result['skipped']} skipped",
-            f"  model {model['name']} (sha256 {model['sha256'][:12]}), {result['dtype']}, compression {result['codec']}",
+            f"  model {model['name']} (sha256 {model['sha256'][:12]}), {result['dtype']}, compression {result['codec']}"
+            f"{context_text(result['context'])}",
         ]
         for name, site in result["sites"].items():
-            committed = f"{site['committed']} of {site['shards']} shards"
+            committed = f"{site['committed']} of {site['shards']} shards{deviation_text(site['deviation'])}"
             lines.append(f"  {name}: {site['rows']} rows of {site['width']}, one per {site['axis']}, {size(site['bytes'])}, {committed}")
         if result["latest_run"]:
             lines.append(f"  latest run: {_run_line(result['latest_run'])}")
