@@ -96,13 +96,13 @@ class Amx:
     """The arithmetic of `cache.encoder` on these units. Keeps every weight packed, as large as it was, from its first use on."""
 
     def __init__(self) -> None:
-        self._weights: dict[nn.Module, np.ndarray] = {}
+        self._weights: dict[nn.Module, tuple[np.ndarray, np.ndarray]] = {}
         self._local = threading.local()
         self._left = _aligned((0, DEEP, PARTS, 16, 32), np.uint16)
 
     def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
         """x [batch, n, in] -> [batch, n, out], as `layer` does."""
-        return self._product(x.reshape(-1, x.shape[-1]), layer, layer.weight).reshape(*x.shape[:-1], -1)
+        return self._product(x.reshape(-1, x.shape[-1]), layer).reshape(*x.shape[:-1], -1)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, n_head: int) -> Tensor:
         """Of every head, side by side: query [batch, rows, d], key and value [batch, n, d] -> [batch, rows, d]."""
@@ -123,33 +123,31 @@ class Amx:
     def convolution(self, x: Tensor, layer: nn.Conv1d) -> Tensor:
         """x [batch, n, in] -> [batch, n / stride, out], as `layer` (three wide, one of padding) does: a product with three rows side by side."""
         n, width = x.shape[1:]
-        weight = layer.weight.permute(0, 2, 1).flatten(1)  # [out, 3 * in]
-        weight = F.pad(weight, (0, -weight.shape[1] % 32))
-        step = layer.stride[0]
-        outputs = []
+        step, outputs = layer.stride[0], []
         for one in x:
             padded = F.pad(one, (0, 0, 1, 1 + 32 // width + 1))  # the last rows reach beyond the end, where weights are zero
-            rows = padded.as_strided((n // step, weight.shape[1]), (step * width, 1))
-            outputs.append(self._product(rows, layer, weight))
+            rows = padded.as_strided((n // step, _to_32(3 * width)), (step * width, 1))
+            outputs.append(self._product(rows, layer))
         return torch.stack(outputs)
 
-    def _product(self, x: Tensor, layer: Any, weight: Tensor) -> Tensor:
-        (n, k), width = x.shape, weight.shape[0]
-        if k % 32 or width % 32:
-            return F.linear(x, weight, layer.bias)  # no Whisper of OpenAI's has such a width
+    def _product(self, x: Tensor, layer: nn.Linear | nn.Conv1d) -> Tensor:
+        n, width = len(x), len(layer.weight)
+        if x.shape[1] % 32 or width % 32:
+            return F.linear(x, _matrix(layer), layer.bias)  # no Whisper of OpenAI's has such a width
         if layer not in self._weights:
-            self._weights[layer] = packed_weight(weight.contiguous().numpy())
-        rows = -(-n // 32) * 32
+            added = torch.zeros(width) if layer.bias is None else layer.bias
+            self._weights[layer] = packed_weight(_matrix(layer).contiguous().numpy()), added.numpy()
+        weight, bias = self._weights[layer]
+        rows = _to_32(n)
         if len(self._left) < rows // 16:
             self._left = _aligned((rows // 16, DEEP, PARTS, 16, 32), np.uint16)
-        bias = torch.zeros(width) if layer.bias is None else layer.bias
         y = torch.empty(rows, width)
-        arrays, strips = [tensor.numpy() for tensor in (x, bias, y)], rows // 32
+        x_array, y_array, strips = x.numpy(), y.numpy(), rows // 32
         threads = min(torch.get_num_threads(), strips)
 
         def run(thread: int) -> None:
             first, last = (32 * (strips * part // threads) for part in (thread, thread + 1))
-            product(arrays[0][first:last], self._weights[layer], arrays[1], self._left[first // 16 : last // 16], arrays[2][first:last])
+            product(x_array[first:last], weight, bias, self._left[first // 16 : last // 16], y_array[first:last])
 
         _each(run, threads)
         return y[:n]
@@ -159,6 +157,18 @@ class Amx:
         if getattr(self._local, "shape", None) != (n, width):
             self._local.shape, self._local.scratch = (n, width), attention_scratch(n, width)
         return self._local.scratch
+
+
+def _matrix(layer: nn.Linear | nn.Conv1d) -> Tensor:
+    """The weight as a right-hand matrix, [out, in]; of a convolution [out, 3 * in], filled up with zeros."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight
+    flat = layer.weight.permute(0, 2, 1).flatten(1)
+    return F.pad(flat, (0, _to_32(flat.shape[1]) - flat.shape[1]))
+
+
+def _to_32(n: int) -> int:
+    return -(-n // 32) * 32
 
 
 def _each(run: Callable[[int], None], n: int) -> None:

@@ -35,8 +35,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 ENCODED = "encoder.ln_post"
 """What the decoder reads."""
 BATCH = {"cpu": 1, "cuda": 16}
-"""Clips per forward pass. Batching gains nothing on a CPU."""
-BATCHES_AHEAD = 16
+"""Clips per forward pass. Whole windows gain nothing by batching on a CPU."""
+BATCH_OF_TRIMMED = {"cpu": 8, "cuda": 64}
+"""The same of trimmed windows, which are short: alone they wait for the weights."""
+BATCHES_AHEAD = 4
 """Of clips that are decoded before the first is computed where only clips of one length share a batch: enough to find some."""
 
 
@@ -82,7 +84,7 @@ class CaptureConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     batch: int | None = None
-    """Clips per forward pass; default: 1 on a CPU, 16 on a GPU."""
+    """Clips per forward pass; default: 1 on a CPU, 16 on a GPU; 8 and 64 if trimmed (those of one length)."""
     strict: bool = False
     """Stop at the first clip that can't be read, instead of recording and skipping it."""
 
@@ -225,6 +227,11 @@ def unpack_audio(audio: ShardAudio, first_clip: int) -> Clips:
             start += length
 
 
+def clips_per_pass(config: CaptureConfig, device: torch.device) -> int:
+    """What was asked for, or what suits the device."""
+    return config.batch or (BATCH_OF_TRIMMED if config.context == "trimmed" else BATCH)[device.type]
+
+
 class Worker:
     """Holds a model and makes shards. One thread on a CPU: shards parallelise better as one-thread processes than as threads."""
 
@@ -242,8 +249,8 @@ class Worker:
         if self.model.device.type == "cpu":
             _keep_freed_memory()
         self.arithmetic = best_arithmetic(self.model.device)
-        self.batch = config.batch or BATCH[self.model.device.type]
         self.context = Context.from_json(self.store.header.context)
+        self.batch = clips_per_pass(config, self.model.device)
         self.clips_ahead = self.batch * BATCHES_AHEAD if self.context.is_trimmed and self.batch > 1 else self.batch
         self.measures_deviation = measures_deviation and self.context.is_trimmed
 

@@ -3,6 +3,7 @@
 import json
 import platform
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -71,13 +72,18 @@ def name_of_context(context: dict[str, Any]) -> str:
 
 def software() -> dict[str, str]:
     """Versions that can influence the stored numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
     found = {"python": platform.python_version()}
     for name in ("hearsae", "torch", "openai-whisper", "numpy", "zarr"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return tuple(found.items())
 
 
 def crc32c(data: bytes | memoryview) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cache.capture import BATCH, CaptureConfig, Worker, make_header, plan_capture
+from cache.capture import CaptureConfig, Worker, clips_per_pass, make_header, plan_capture
 from cache.context import Context
 from cache.errors import HearsaeError
 from cache.header import FRAME_SECONDS, Header, refuse_difference
@@ -253,7 +253,7 @@ def calibrate(config: CaptureConfig, header: Header, sites: Sequence[Site], clip
     Raises SourceError or HearsaeError if none of the clips tried can be read.
     """
     device = choose_device(config.device)
-    batch = config.batch or BATCH[device.type]
+    batch = clips_per_pass(config, device)
     sample, axes = _sample(clips.slice(0, MOST_SAMPLED_CLIPS), batch, header.axes)
     plan = Plan(sample, pa.table({"source": pa.array([], pa.string()), "source_row": pa.array([], pa.int64()), "reason": pa.array([], pa.string())}),
                 axes, header.plan["seed"], header.plan["clip_seconds"])  # fmt: skip
