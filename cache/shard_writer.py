@@ -18,12 +18,12 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 from google_crc32c import extend as extend_crc32c
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 from numcodecs import Blosc
 
+from cache.chunk_reader import ABSENT
 from cache.errors import StoreError
+from cache.halves import from_bits
 from cache.header import software
 from cache.location import Location, put
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from cache.deviation import DeviationSums
     from cache.store import ActivationStore, CommitRecord, Skip
 
-ABSENT = 2**64 - 1
-"""Offset and length of a chunk that is left out."""
 SYNC_FILE_RANGE_WRITE = 2
 """Linux's fs.h"""
 HASHED_BYTES = 256 << 10
@@ -215,21 +213,6 @@ def _start_writing(file: IO[bytes]) -> None:
         ctypes.CDLL(None).sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
 
-_instruction: Any = intrinsic
-
-
-@_instruction
-def _from_bits(context: Any, bits: Any) -> Any:
-    """The float16 or float32 of these bits, as float32."""
-    kind = ir.HalfType() if bits == types.uint16 else ir.FloatType()
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = builder.bitcast(arguments[0], kind)
-        return builder.fpext(value, ir.FloatType()) if bits == types.uint16 else value
-
-    return types.float32(bits), generate
-
-
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
 def add_up(rows: Any, total: Any, total_sq: Any) -> bool:
     """Adds to total [d] (float64) the sum of rows [n, d], and to total_sq [1] that of their squares. Returns whether any bit of rows is set.
@@ -240,7 +223,7 @@ def add_up(rows: Any, total: Any, total_sq: Any) -> bool:
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):
             bits = rows[i, j]
-            value = np.float64(_from_bits(bits))
+            value = np.float64(from_bits(bits))
             total[j] += value
             squares += value * value
             together |= bits

@@ -17,19 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-import zarr
-from zarr.abc.store import Store
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import LocalStore, MemoryStore
 
+from cache.chunk_reader import ChunkReader, Layout
 from cache.deviation import DeviationSums
 from cache.errors import StoreError
 from cache.header import COPY, FILE, Header, crc32c, header_bytes, read_header, refuse_difference
 from cache.location import Location, RemotePath, arrow_input, in_order, location, names_in, put
 from cache.plan import Axis, Plan
-from cache.remote_array import RemoteArray
 from cache.sites import Site
 
+READERS_KEPT = 4096
+"""Of shards that were read from: the index of each is a few hundred bytes."""
 OBJECTS_AT_ONCE = 4
 """Whole objects that `verify` holds in memory, of an object store; of a disk one."""
 
@@ -154,7 +152,7 @@ class ActivationStore:
         """Use `open` or `create`."""
         self.path = location(path)
         self.header = header
-        self._arrays: dict[str, zarr.Array] = {}
+        self._readers: dict[tuple[str, int], ChunkReader] = {}
         self._facts: dict[tuple[str, int], _Facts] = {}
         self._present: set[tuple[str, int]] = set()
 
@@ -222,9 +220,8 @@ class ActivationStore:
         self._write_header()
 
     def _array_metadata(self, site: str) -> memoryview:
-        axis, memory = self.axis(site), MemoryStore()
-        _create_array(memory, (axis.shards * axis.shard_rows, self.sites[site]["width"]), self.sites[site]["axis"], self.header)
-        return _bytes_of(memory, "zarr.json") or memoryview(b"")
+        axis = self.axis(site)
+        return array_metadata(self.header, self.sites[site]["axis"], (axis.shards * axis.shard_rows, self.sites[site]["width"]))
 
     def _add_tables(self, plan: Plan, missing_only: bool = False) -> None:
         for name, table in (("clips.parquet", plan.clips), ("skipped.parquet", plan.skipped)):
@@ -408,19 +405,23 @@ class ActivationStore:
 
         Rows outside `spans` are zeros that mean nothing. Whole chunks are cheap, single rows are not.
         """
+        self.axis(site)
+        rows = np.empty((max(0, stop - start), self.sites[site]["width"]), self.header.dtype)
+        self.read_into(site, start, rows)
+        return rows
+
+    def read_into(self, site: str, start: int, out: np.ndarray) -> None:
+        """The same into out [rows, d] of the store's dtype, without gaps."""
         axis = self.axis(site)
-        shard = start // axis.shard_rows
-        if not 0 <= start < stop <= (shard + 1) * axis.shard_rows:
-            raise StoreError(f"rows {start}:{stop} of {site} cross a shard of {axis.shard_rows} rows")
-        array = self._open_array(site, shard)
+        shard, first = divmod(start, axis.shard_rows)
+        if not 0 <= start < start + len(out) <= (shard + 1) * axis.shard_rows:
+            raise StoreError(f"rows {start}:{start + len(out)} of {site} cross a shard of {axis.shard_rows} rows")
+        reader = self._reader(site, shard)
+        if reader is None:
+            out[:] = 0
+            return
         try:
-            try:
-                return np.asarray(array[start:stop])
-            except ValueError:
-                if not isinstance(array.store, RemoteArray):
-                    raise
-                array.store.forget()  # the shard may have been written again, or the network changed a byte
-                return np.asarray(array[start:stop])
+            reader.read(first, out)
         except (ValueError, OSError, RuntimeError) as error:
             raise StoreError(
                 f"{self.object_path(site, shard)} is damaged ({error}): run 'hearsae repair {self.path}', then 'hearsae cache' again"
@@ -440,17 +441,23 @@ class ActivationStore:
             raise StoreError(f"clip {clip} has no rows of {site}")
         return self.read(site, span.start, span.stop)
 
-    def _open_array(self, site: str, shard: int) -> zarr.Array:
+    def _reader(self, site: str, shard: int) -> ChunkReader | None:
+        """None for a shard whose every row is zero: it has no object."""
         # A committed object that is gone would read as zeros: look once, before its first use.
         if (site, shard) not in self._present:
             expected, path = self._known(site, shard).object_bytes, self.object_path(site, shard)
             if expected and _size(path) != expected:
                 raise StoreError(f"{path} is missing or cut short: run 'hearsae repair {self.path}', then 'hearsae cache' again")
             self._present.add((site, shard))
-        if site not in self._arrays:
-            opened = zarr.open_array(_reading(self.path / site), mode="r")
-            self._arrays[site] = opened
-        return self._arrays[site]
+        if not self._known(site, shard).object_bytes:
+            return None
+        if (site, shard) not in self._readers:
+            axis = self.axis(site)
+            layout = Layout(axis.shard_rows // axis.chunk_rows, axis.chunk_rows, self.sites[site]["width"], self.header.dtype, self.header.codec)
+            if len(self._readers) >= READERS_KEPT:
+                self._readers.clear()
+            self._readers[site, shard] = ChunkReader(self.object_path(site, shard), layout)
+        return self._readers[site, shard]
 
     # Writing
 
@@ -591,10 +598,15 @@ def _is_record(name: str) -> bool:
     return name.endswith(".json") and name[:-5].isdigit()
 
 
-def _create_array(store: MemoryStore, shape: tuple[int, ...], axis: str, header: Header) -> zarr.Array:
-    layout = header.axes[axis]
+def array_metadata(header: Header, axis: str, shape: tuple[int, int]) -> memoryview:
+    """A site's `zarr.json`, as zarr-python writes it."""
+    import zarr  # which readers can do without
+    from zarr.codecs import BloscCodec, Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    layout, store = header.axes[axis], MemoryStore()
     blosc = [] if header.codec == "none" else [BloscCodec(cname=header.codec, clevel=3, shuffle="bitshuffle")]
-    return zarr.create_array(
+    zarr.create_array(
         store,
         shape=shape,
         dtype=header.dtype,
@@ -604,12 +616,4 @@ def _create_array(store: MemoryStore, shape: tuple[int, ...], axis: str, header:
         fill_value=0,
         dimension_names=(axis, f"width_{shape[1]}"),
     )
-
-
-def _reading(path: Location) -> Store:
-    return RemoteArray(path) if isinstance(path, RemotePath) else LocalStore(path, read_only=True)
-
-
-def _bytes_of(store: MemoryStore, key: str) -> memoryview | None:
-    value = store._store_dict.get(key)
-    return None if value is None else memoryview(value.as_numpy_array())  # type: ignore[arg-type]
+    return memoryview(store._store_dict["zarr.json"].as_numpy_array())  # type: ignore[arg-type]

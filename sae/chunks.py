@@ -4,10 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from cache.errors import HearsaeError
 from cache.store import ActivationStore, Span
+from sae.kernels import has_not_finite
+
+NOT_FINITE = {"float16": np.uint16(0x7C00), "float32": np.uint32(0x7F800000)}
+"""The bits of the exponent: all are set in what is NaN or infinite, and in nothing else."""
 
 
 class Chunk(NamedTuple):
@@ -55,17 +58,31 @@ def rows_within(chunk: Chunk, spans: Sequence[Span]) -> int:
 def read_valid(store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span], advice: str = "cache that shard again") -> np.ndarray:
     """The rows of a chunk that lie in one of the spans, [rows, d], as stored. Raises HearsaeError, with `advice`, if a value is NaN or infinite."""
     rows = read_rows(store, site, chunk, spans)
+    refuse_not_finite(rows, store, site, chunk, spans, advice)
+    return rows
+
+
+def refuse_not_finite(rows: np.ndarray, store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span], advice: str) -> None:
+    """Raises HearsaeError, with `advice`, if a value of a chunk's rows is NaN or infinite."""
     bad = not_finite(rows)
     if bad.any():
         number = row_numbers(chunk, spans)[bad]
         raise HearsaeError(f"{store.path}: {site} has NaN or infinite values in shard {chunk.shard}, first in row {number[0]}: {advice}")
-    return rows
 
 
 def read_rows(store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
-    """The same, whatever the values."""
-    rows = store.read(site, chunk.start, chunk.stop)
-    return rows if chunk.rows == len(rows) else rows[row_numbers(chunk, spans) - chunk.start]
+    """The rows of a chunk that lie in one of the spans, [rows, d], as stored, whatever the values."""
+    rows = np.empty((chunk.rows, store.sites[site]["width"]), store.header.dtype)
+    read_rows_into(rows, store, site, chunk, spans)
+    return rows
+
+
+def read_rows_into(out: np.ndarray, store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span]) -> None:
+    """The same into out [rows, d], which has no gaps."""
+    if chunk.rows == chunk.stop - chunk.start:
+        store.read_into(site, chunk.start, out)
+    else:
+        np.take(store.read(site, chunk.start, chunk.stop), row_numbers(chunk, spans) - chunk.start, axis=0, out=out)
 
 
 def row_numbers(chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
@@ -78,7 +95,6 @@ def row_numbers(chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
 
 def not_finite(rows: np.ndarray) -> np.ndarray:
     """bool [rows]: which have a NaN or an infinite value."""
-    # Both ends are finite exactly where all values are (a NaN is either), and are much sooner found than each is looked at.
-    if not rows.size or all(torch.isfinite(end) for end in torch.aminmax(torch.from_numpy(rows))):
+    if not has_not_finite(rows.view(f"u{rows.itemsize}"), NOT_FINITE[rows.dtype.name]):
         return np.zeros(len(rows), dtype=bool)
     return ~np.isfinite(rows).all(axis=1)

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numba import njit
 
+from cache.halves import from_bits
+
 Result = TypeVar("Result")
 
 WORD = 8
@@ -334,3 +336,24 @@ def make_unit(W: Any, first: int, last: int) -> None:
         factor = np.float32(1) / np.sqrt(squares) if squares > 0 else np.float32(0)
         for c in range(d):
             w[c] *= factor
+
+
+@njit(cache=True, nogil=True)
+def has_not_finite(bits: Any, exponent: Any) -> bool:
+    """Whether all bits of `exponent` are set in any of bits [rows, d]."""
+    for i in range(len(bits)):
+        found = False
+        for j in range(bits.shape[1]):
+            found |= (bits[i, j] & exponent) == exponent
+        if found:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def gather(bits: Any, rows: Any, out: Any) -> None:
+    """out [n, d] (float32) = the given rows of bits [rows, d], float16 as uint16 or float32 as uint32."""
+    for i in range(len(rows)):
+        row, to = bits[rows[i]], out[i]
+        for c in range(len(to)):
+            to[c] = from_bits(row[c])

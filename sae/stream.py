@@ -23,13 +23,20 @@ import torch
 from torch import Tensor
 
 from cache.errors import HearsaeError
-from cache.store import ActivationStore, SiteStats, Span
+from cache.location import in_order
+from cache.store import ActivationStore, SiteStats
 from sae.arrivals import Arrivals
-from sae.chunks import Chunk, not_finite, planned_chunks, read_rows, read_valid, rows_within, valid_chunks
+from sae.chunks import Chunk, not_finite, planned_chunks, read_rows, read_rows_into, refuse_not_finite, rows_within, valid_chunks
+from sae.kernels import gather
 
 BUFFER_BYTES = 256 << 20
+ADVICE = "cache that shard again, or leave such rows out (train --not-finite skip)"
 FOLLOWED_STATS_ROWS = 65_536
 """Rows from which mean and spread are taken where a store is still being written."""
+
+
+Room = dict[str, np.ndarray]
+"""Site -> [rows, d], in the stored dtype: memory for a block."""
 
 
 class Batch(NamedTuple):
@@ -161,7 +168,10 @@ class RowStream:
                 rows, total, squares = rows + record.rows, total + record.sum, squares + record.sum_sq_norm
                 continue
             for chunk in valid_chunks(store, self.sites, shard, number):
-                some = self._read(store, site, chunk, store.spans(shard, *self.sites))
+                spans = store.spans(shard, *self.sites)
+                some = read_rows(store, site, chunk, spans)
+                if not self._skip_not_finite:
+                    refuse_not_finite(some, store, site, chunk, spans, ADVICE)
                 some = some[~not_finite(some)].astype(np.float64)
                 rows, total, squares = rows + len(some), total + some.sum(0), squares + float(np.square(some).sum())
         mean = total / max(1, rows)
@@ -256,31 +266,39 @@ class RowStream:
         self._arrivals.wait(chunk.store, chunk.shard)
         return chunk._replace(rows=rows_within(chunk, self.stores[chunk.store].spans(chunk.shard, *self.sites)))
 
-    def load(self, epoch: int, number: int, lane: int, chunks: Sequence[Chunk], stop: Callable[[], bool] = lambda: False) -> Block:
-        """Reads a block. stop: asked before each chunk whether nobody wants it any more; then raises CancelledError."""
-        chunks = [self._arrived(chunk) for chunk in chunks]
-        total = sum(chunk.rows for chunk in chunks)
-        rows, bad = {}, np.zeros(total, dtype=bool)
-        for site in self.sites:
-            rows[site] = np.empty((total, self.stores[0].sites[site]["width"]), self.stores[0].header.dtype)
-            filled = 0
-            for chunk in chunks:
-                if stop():
-                    raise CancelledError
-                store = self.stores[chunk.store]
-                part = slice(filled, filled + chunk.rows)
-                rows[site][part] = self._read(store, site, chunk, store.spans(chunk.shard, *self.sites))
-                bad[part] |= not_finite(rows[site][part]) if self._skip_not_finite else False
-                filled += chunk.rows
-        order = np.random.default_rng([self.seed, epoch, 1 + number * self.lanes + lane]).permutation(total)
-        if bad.any():
-            order = self._without(order, bad, chunks[0])
-        return Block({site: torch.from_numpy(array) for site, array in rows.items()}, torch.from_numpy(order))
+    def room(self) -> Room:
+        """Memory for a block. Not touched, not taken."""
+        store = self.stores[0]
+        rows = self._block_chunks * max(one.axis(self.sites[0]).chunk_rows for one in self.stores)
+        return {site: np.empty((rows, store.sites[site]["width"]), store.header.dtype) for site in self.sites}
 
-    def _read(self, store: ActivationStore, site: str, chunk: Chunk, spans: Sequence[Span]) -> np.ndarray:
-        if self._skip_not_finite:
-            return read_rows(store, site, chunk, spans)
-        return read_valid(store, site, chunk, spans, "cache that shard again, or leave such rows out (train --not-finite skip)")
+    def load(self, epoch: int, number: int, lane: int, chunks: Sequence[Chunk], room: Room, stop: Callable[[], bool] = lambda: False) -> Block:
+        """Reads a block into `room`. stop: asked before each chunk whether nobody wants it any more; then raises CancelledError."""
+        chunks = [self._arrived(chunk) for chunk in chunks]
+        ends = np.cumsum([chunk.rows for chunk in chunks])
+        total = int(ends[-1])
+        bad = {site: np.zeros(total, dtype=bool) for site in self.sites} if self._skip_not_finite else {}
+        shards = {(chunk.store, chunk.shard) for chunk in chunks}
+        spans_of = {(number, shard): self.stores[number].spans(shard, *self.sites) for number, shard in shards}
+
+        def read(site: str, chunk: Chunk, end: int) -> None:
+            if stop():
+                raise CancelledError
+            store, spans, part = self.stores[chunk.store], spans_of[chunk.store, chunk.shard], slice(end - chunk.rows, end)
+            read_rows_into(room[site][part], store, site, chunk, spans)
+            if self._skip_not_finite:
+                bad[site][part] = not_finite(room[site][part])
+            else:
+                refuse_not_finite(room[site][part], store, site, chunk, spans, ADVICE)
+
+        wanted = ((site, chunk, end) for site in self.sites for chunk, end in zip(chunks, ends.tolist(), strict=True))
+        for _ in in_order(lambda one: read(*one), wanted, self.stores[0].path):  # an object store is asked for many at once
+            pass
+        order = np.random.default_rng([self.seed, epoch, 1 + number * self.lanes + lane]).permutation(total)
+        any_bad = np.any(list(bad.values()), axis=0) if bad else np.zeros(0, bool)
+        if any_bad.any():
+            order = self._without(order, any_bad, chunks[0])
+        return Block({site: torch.from_numpy(room[site][:total]) for site in self.sites}, torch.from_numpy(order))
 
     def _without(self, order: np.ndarray, bad: np.ndarray, first: Chunk) -> np.ndarray:
         """As long as before, so that positions stay what they are: the rows that are good, and from the first on again."""
@@ -356,6 +374,7 @@ class _Lane:
         self._block: Block | None = None
         self._next = 0
         self._closed = False
+        self._rooms = [stream.room(), stream.room()]  # go round: fresh memory for each block would cost as much as reading it
         self._reader = ThreadPoolExecutor(1, f"lane-{number}")
         self._coming = self._reader.submit(self._read)
 
@@ -364,14 +383,14 @@ class _Lane:
         filled, waited = 0, 0.0
         while filled < n:
             if self._block is None or self._next == len(self._block.order):
-                self._block = None  # before the next is read on: two blocks at most
                 started = time.perf_counter()
                 self._block, self._next = self._coming.result()
                 waited += time.perf_counter() - started
                 self._coming = self._reader.submit(self._read)
             take = self._block.order[self._next : self._next + n - filled]
             for site, out in rows.items():
-                out[filled : filled + len(take)] = self._block.rows[site].index_select(0, take)
+                stored = self._block.rows[site].numpy()
+                gather(stored.view(f"u{stored.itemsize}"), take.numpy(), out[filled : filled + len(take)].numpy())
             filled += len(take)
             self._next += len(take)
         return waited
@@ -379,7 +398,8 @@ class _Lane:
     def _read(self) -> tuple[Block, int]:
         """The next block, and how much of it was consumed before."""
         epoch, number, chunks, consumed = next(self._walk)
-        return self._stream.load(epoch, number, self._number, chunks, stop=lambda: self._closed), consumed
+        self._rooms.reverse()
+        return self._stream.load(epoch, number, self._number, chunks, self._rooms[0], stop=lambda: self._closed), consumed
 
     def close(self) -> None:
         """Waits for the chunk that is being read, not for the block."""

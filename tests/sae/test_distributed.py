@@ -181,9 +181,9 @@ def test_what_the_first_rank_refuses_all_refuse(on_ranks, planted, undisturbed, 
 
 
 class SlowStore(ActivationStore):
-    def read(self, site, start, stop):
+    def read_into(self, site, start, out):
         time.sleep(0.02)
-        return super().read(site, start, stop)
+        super().read_into(site, start, out)
 
 
 def run_slowly(ranks: Ranks, config: TrainConfig) -> None:

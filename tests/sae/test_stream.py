@@ -14,6 +14,8 @@ from conftest import fill_store, plan_of
 
 from cache.errors import HearsaeError
 from cache.store import ActivationStore
+from sae.chunks import not_finite
+from sae.kernels import gather
 from sae.stream import RowStream
 
 SITE, OTHER = "encoder.blocks.0", "encoder.blocks.0.mlp.1"
@@ -122,11 +124,11 @@ class CountingStore(ActivationStore):
         super().__init__(path, header)
         self.reads = 0
 
-    def read(self, site, start, stop):
+    def read_into(self, site, start, out):
         self.reads += 1
         if self.reads % 3 == 0:
             time.sleep(0.003)
-        return super().read(site, start, stop)
+        super().read_into(site, start, out)
 
 
 def test_timing_changes_nothing(store):
@@ -161,9 +163,9 @@ def test_a_started_stream_reads_before_anyone_asks_and_gives_the_same(store):
 
 def test_closing_waits_for_a_chunk_and_not_for_the_block(store):
     class SlowStore(CountingStore):
-        def read(self, site, start, stop):
+        def read_into(self, site, start, out):
             time.sleep(0.1)
-            return super().read(site, start, stop)
+            super().read_into(site, start, out)
 
     slow = SlowStore.open(store.path)
     stream = RowStream([slow], [SITE], 40)
@@ -450,3 +452,23 @@ def test_a_wait_ends_when_the_stream_is_closed(tmp_path):
     stream.close()
     thread.join(10)
     assert not thread.is_alive() and raised
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_are_gathered_as_torch_would(dtype):
+    stored = (np.random.default_rng(0).standard_normal((50, 12)) * 1e3).astype(dtype)
+    stored[7, :4] = np.nan, np.inf, -0.0, 6e-8
+    rows, out = np.array([7, 0, 49, 7]), np.empty((4, 12), np.float32)
+    gather(stored.view(f"u{stored.itemsize}"), rows, out)
+    expected = torch.from_numpy(stored).index_select(0, torch.from_numpy(rows)).float().numpy()
+    assert np.array_equal(out.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_found(dtype, value):
+    rows = (np.random.default_rng(0).standard_normal((5, 7)) * 1e4).astype(dtype)
+    rows[0, 0] = np.finfo(dtype).max
+    assert not not_finite(rows).any()
+    rows[3, 6] = value
+    assert not_finite(rows).tolist() == [False, False, False, True, False]
