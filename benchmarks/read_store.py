@@ -227,9 +227,8 @@ def measure(store: ActivationStore, arguments: argparse.Namespace) -> None:
     took, waited = map(statistics.median, zip(*runs, strict=True))
     speed = 2 * batches * BATCH / took
     print(f"stream, warm: {speed:,.0f} rows/s, {speed * ROW_BYTES / 1e9:.2f} GB/s, waiting {waited:.0%}")
-    print(
-        f"  its peak memory: {(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024:.0f} MiB more than before, two blocks of 256 MiB"
-    )
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"  its peak memory: {grown:.0f} MiB more than before, two blocks of 256 MiB")
     print("mixing: distinct clips in a batch of 4,096, largest part of one clip")
     for buffer_mib in (*BUFFERS_MIB, None):
         clips, share = mixing(store, buffer_mib)

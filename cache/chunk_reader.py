@@ -33,6 +33,8 @@ class ChunkReader:
     def __init__(self, path: Location, layout: Layout) -> None:
         self._path, self._layout = path, layout
         self._index: np.ndarray | None = None
+        self._of: object = None
+        """Which file the index is of."""
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Rows from `start` on, counted within the shard, into out [n, d], which has no gaps.
@@ -50,8 +52,8 @@ class ChunkReader:
 
     def _read(self, start: int, out: np.ndarray) -> None:
         with _Object(self._path) as data:
-            if self._index is None:
-                self._index = self._read_index(data)
+            if self._index is None or data.identity != self._of:
+                self._index, self._of = self._read_index(data), data.identity
             filled, rows = 0, self._layout.chunk_rows
             while filled < len(out):
                 number, skipped = divmod(start + filled, rows)
@@ -96,10 +98,14 @@ class _Object:
     def __init__(self, path: Location) -> None:
         self._path = path
         self._file = -1
+        self.identity: object = None
+        """Of a file: another one when it was replaced. Of an object that would be a request of its own."""
 
     def __enter__(self) -> "_Object":
         if isinstance(self._path, Path):
             self._file = os.open(self._path, os.O_RDONLY)
+            facts = os.fstat(self._file)
+            self.identity = facts.st_ino, facts.st_mtime_ns, facts.st_size
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,7 +12,7 @@ from cache.errors import HearsaeError, StoreError
 from cache.header import FRAME_SECONDS, PADDED
 
 DEFAULT_MARGIN_S = 1.0
-"""With the real tiny.en it halves what 2 s clips differ by without one (docs/capture.md); a second more gains little."""
+"""With the real tiny.en it takes away a fifth to two fifths of what 2 s clips differ by without one (docs/capture.md); a second more gains little."""
 
 
 class Context(NamedTuple):

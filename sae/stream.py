@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import HearsaeError
+from cache.header import name_of_context
 from cache.location import in_order
 from cache.store import ActivationStore, SiteStats
 from sae.arrivals import Arrivals
@@ -354,6 +355,7 @@ class RowStream:
             for what, theirs, ours in (
                 ("model", store.header.model["sha256"], first.header.model["sha256"]),
                 ("dtype", store.header.dtype, first.header.dtype),
+                ("context", name_of_context(store.header.context), name_of_context(first.header.context)),
                 *((f"width of {site}", store.sites[site]["width"], first.sites[site]["width"]) for site in self.sites),
             ):
                 if theirs != ours:

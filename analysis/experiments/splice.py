@@ -22,6 +22,7 @@ from analysis.experiments.steer import check_language
 from analysis.experiments.word_times import StoredSpeech
 from analysis.steering import ChangeRows, check_sae
 from cache.errors import HearsaeError
+from cache.header import PADDED, name_of_context
 from cache.location import Location, location
 from cache.model import LoadedModel
 from cache.store import ActivationStore
@@ -126,12 +127,14 @@ class ToSplice(NamedTuple):
 
 def check(todo: Sequence[tuple[Location, SaeConfig]], store: ActivationStore, model: LoadedModel, speech: Speech, language: str) -> None:
     """All that can be refused before there is work to lose. Raises HearsaeError for transcoders and crosscoders, another model than the store's,
-    and decoder sites without a decoder or texts."""
+    a store of trimmed windows, and decoder sites without a decoder or texts."""
     if model.sha256 != store.header.model["sha256"]:
         theirs = f"{store.header.model['name']}, {store.header.model['sha256'][:12]}"
         raise HearsaeError(
             f"{store.path} holds activations of another model ({theirs}) than {model.name} ({model.sha256[:12]}): give its own --model"
         )
+    if store.header.context != PADDED:
+        raise HearsaeError(f"{store.path} is {name_of_context(store.header.context)}, but codes are put back into whole windows: give a padded store")
     check_language(model, language)
     sites = [check_sae(folder, config, model) for folder, config in todo]
     if not speech.clips:

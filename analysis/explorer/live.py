@@ -20,7 +20,7 @@ from analysis.features import Features, SaeLatents, open_features
 from analysis.scan_folder import Scan
 from cache.decode import RATES, UNKNOWN_LENGTH, decode
 from cache.errors import HearsaeError, ModelError, SourceError
-from cache.header import SAMPLE_RATE
+from cache.header import PADDED, SAMPLE_RATE, name_of_context
 from cache.location import Location, location
 from cache.model import LoadedModel, capture, fast_matmul, load_model, log_mel, name_of_checkpoint
 from cache.plan import SAMPLES_PER_FRAME
@@ -184,7 +184,7 @@ class Live:
 
         models: checkpoints, or names of models, to look among first; then the model is looked for where the store's header says it was.
         store: where the scans' store is now, if it moved.
-        Scans of decoder sites are left out: their rows depend on a text that new sound does not have.
+        Scans of decoder sites are left out: their rows depend on a text that new sound does not have; and those of trimmed windows.
         Raises HearsaeError where nothing is left, or a scan, a store, an SAE or a model is missing.
         """
         scans, left_out, opened = [], [], dict[str, ActivationStore]()
@@ -202,10 +202,14 @@ class Live:
                 raise HearsaeError(
                     f"{path} is not the store of the scan {scan.path}: it was made with another model, or has no site {scan.info['site']}"
                 )
+            if of_scan.header.context != PADDED:
+                told = name_of_context(of_scan.header.context)
+                left_out.append(f"{scan.info['features']} is of a store that is {told}: live, sound is heard in whole windows")
+                continue
             features = open_features(scan.info["features"], of_scan, seed=scan.info["options"]["seed"])
             scans.append(LiveScan(f"scan{i}", scan, of_scan, features))
         if not scans:
-            raise HearsaeError("none of these scans can be heard live: name at least one scan of an encoder site")
+            raise HearsaeError(f"none of these scans can be heard live: {'; '.join(left_out)}; name one of an encoder site, of whole windows")
         return cls(scans, _load_models([one.store for one in scans], models, device), left_out)
 
     def scan(self, name: str) -> LiveScan:

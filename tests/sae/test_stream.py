@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from itertools import islice
 from types import SimpleNamespace
 
@@ -472,3 +473,9 @@ def test_what_is_not_finite_is_found(dtype, value):
     assert not not_finite(rows).any()
     rows[3, 6] = value
     assert not_finite(rows).tolist() == [False, False, False, True, False]
+
+
+def test_stores_of_different_contexts_are_not_read_together(store):
+    trimmed = ActivationStore(store.path, replace(store.header, context={"mode": "trimmed", "margin_s": 1.0}))
+    with pytest.raises(HearsaeError, match="can't be read together: context is trimmed with a margin of 1 s and padded"):
+        RowStream([store, trimmed], [SITE], 8)
