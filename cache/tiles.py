@@ -1,7 +1,8 @@
-"""The instructions of the matrix units (AMX) of recent Intel CPUs and of their widest vectors, for kernels that numba compiles: `cache.amx`.
+"""Kernels for the matrix units (AMX) of recent Intel CPUs, compiled by numba, and the instructions that they are made of: `cache.amx` uses them.
 
 The units work on eight tiles of 16 rows of 64 bytes. A product of tiles adds to c [16, 16] (fp32) the product of a [16, 32] (bf16) and
 b [16, 16, 2], in which two consecutive rows of the right-hand matrix alternate. Their instructions are LLVM's own; numba has no names for them.
+Instructions and kernels share a file because numba's cache of a compiled kernel notices changes of that kernel's file alone.
 """
 
 import math
@@ -381,7 +382,8 @@ LOG2_E = 1.4426950408889634
 def attend(query: Any, key: Any, value: Any, scale: float, scratch: Any, out: Any) -> None:
     """out [rows, d] = softmax(scale * query key^T) value, of one head: query [rows, d], key and value [n, d].
 
-    The scores lie transposed, keys by queries, so that a softmax is the same steps for 16 queries side by side.
+    The scores lie transposed, keys by queries, so that a softmax is the same steps for 16 queries side by side. Its weights are split into two
+    parts: what they lack averages out.
     scratch: made by `attention_scratch`.
     """
     keys, queries, values, scores, weights, sums = scratch
