@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import HearsaeError
+from cache.header import name_of_context
 from cache.model import fast_matmul
 from cache.store import ActivationStore
 from sae.chunks import read_valid, valid_chunks
@@ -213,4 +214,7 @@ def check_fits(dictionary: Dictionary, store: ActivationStore, site: str | None 
     if config.model_sha256 and theirs != config.model_sha256 and not any_model:
         name = f"{store.header.model.get('name')}, {theirs[:12]}"
         raise HearsaeError(f"{store.path} holds activations of another model ({name}) than this SAE was trained on ({config.model_sha256[:12]})")
+    context = name_of_context(store.header.context)
+    if config.context and config.context != context and not any_model:
+        raise HearsaeError(f"this SAE was trained on windows that were {config.context}; those of {store.path} are {context}")
     return site

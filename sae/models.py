@@ -82,6 +82,8 @@ class SaeConfig:
     """Names of the stores it was trained on."""
     plan_hash: tuple[str, ...] = ()
     """Of those stores."""
+    context: str = ""
+    """What Whisper heard behind the clips it was trained on: `padded`, or `trimmed with a margin of 1 s`; empty: not known."""
     sparsity: float = 0.0
     """Coefficient of the penalty it was trained with, where it has one."""
     rows: int = 0
@@ -320,7 +322,7 @@ def read_config(path: Location, data: object) -> SaeConfig:
         config = SaeConfig(**values)
         numbers = (config.d_in, config.d_sae, config.k, config.d_out, config.seed, config.rows, *config.widths)
         whole = all(isinstance(n, int) for n in numbers) and math.isfinite(config.scale) and math.isfinite(config.sparsity)
-        texts = (config.site, config.target, config.model_sha256, config.hearsae, *config.store, *config.plan_hash)
+        texts = (config.site, config.target, config.model_sha256, config.context, config.hearsae, *config.store, *config.plan_hash)
         named = all(isinstance(text, str) for text in texts)
     except TypeError as error:
         raise HearsaeError(f"{path} is damaged: {error}") from None

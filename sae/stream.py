@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import count, pairwise
 from typing import NamedTuple
@@ -407,3 +407,4 @@ class _Lane:
         """Waits for the chunk that is being read, not for the block."""
         self._closed = True
         self._reader.shutdown(wait=True, cancel_futures=True)
+        self._block, self._coming, self._rooms = None, Future(), []  # memory goes now, not when somebody looks for cycles

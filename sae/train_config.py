@@ -8,6 +8,7 @@ from itertools import product
 from typing import Literal
 
 from cache.errors import HearsaeError
+from cache.header import name_of_context
 from cache.location import Location
 from cache.store import ActivationStore
 from sae.log import import_wandb
@@ -109,6 +110,7 @@ def make_grid(config: TrainConfig, stores: Sequence[ActivationStore]) -> list[Sa
         "model_sha256": stores[0].header.model["sha256"],
         "store": tuple(store.path.name for store in stores),
         "plan_hash": tuple(store.header.plan["hash"] for store in stores),
+        "context": name_of_context(stores[0].header.context),
     }
     groups = [config.site] if config.crosscoder else [(site,) for site in config.site]
     return [

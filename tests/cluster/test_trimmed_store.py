@@ -18,6 +18,11 @@ def test_what_runs_whole_windows_says_so(succeeds, refused, tmp_path):
     assert "is trimmed with a margin of 1 s, but codes are put back into whole windows" in refused(
         "evaluate", "--sae", sae, "--store", store, "--splice"
     )
+    whole = tmp_path / "whole.zarr"
+    succeeds("cache", *micro, "--sites", RESIDUAL, "--out", whole)
+    for command in (["evaluate", "--sae", sae, "--store", whole], ["scan", "--store", whole, "--features", f"sae:{sae}", "--out", scan, "--no-ray"]):
+        said = refused(*command)
+        assert f"trained on windows that were trimmed with a margin of 1 s; those of {whole} are padded" in said
     succeeds("scan", "--store", store, "--features", f"neurons:{NEURONS}", "--out", scan, "--no-ray")
     with pytest.raises(HearsaeError, match="is of a store that is trimmed with a margin of 1 s: live, sound is heard in whole windows"):
         Live.open([scan])
