@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import pyarrow.compute as pc
 import tyro
 
 from cache.errors import HearsaeError
@@ -68,7 +69,7 @@ class Info(Output):
             "model": store.header.model,
             "dataset": store.header.dataset,
             "clips": store.clips.num_rows,
-            "hours": float(store.clips["duration_s"].to_numpy().sum()) / 3600,
+            "hours": (pc.sum(store.clips["duration_s"]).as_py() or 0.0) / 3600,
             "skipped": len(skipped) + store.skipped_sources.num_rows,
             "dtype": store.header.dtype,
             "codec": store.header.codec,
