@@ -243,9 +243,9 @@ def said(tmp_path_factory) -> dict[str, Any]:
     root, clone = tmp_path_factory.mktemp("jobs"), tmp_path_factory.mktemp("clone")
     for package in ("cache", "sae", "analysis", "cluster"):
         shutil.copytree(ROOT / package, clone / package, ignore=shutil.ignore_patterns("__pycache__", "train"))
-    store = clone / "cache" / "store.py"
-    assert "host=socket.gethostname()" in store.read_text()
-    store.write_text(store.read_text().replace("host=socket.gethostname()", 'host=__import__("os").environ["HEARSAE_A"] + __file__'))
+    writer = clone / "cache" / "shard_writer.py"
+    assert "host=socket.gethostname()" in writer.read_text()
+    writer.write_text(writer.read_text().replace("host=socket.gethostname()", 'host=__import__("os").environ["HEARSAE_A"] + __file__'))
     (clone / "big.zarr").mkdir()
     (clone / "big.zarr" / "object").write_bytes(b"x")
     return netns.call(jobs_on_a_cluster, root, clone, timeout=300) | {"root": str(root), "clone": str(clone)}
@@ -272,7 +272,7 @@ def test_the_code_that_was_sent_along_is_the_code_that_runs(said):
     assert json.loads(shipped["out"])["status"] == "SUCCEEDED"
     records = sorted((Path(said["root"]) / "shipped.zarr" / "commits" / SITE).glob("*.json"))
     hosts = {json.loads(record.read_text())["host"] for record in records}
-    assert records and all(host.startswith("b c") and host.endswith("/cache/store.py") for host in hosts), hosts
+    assert records and all(host.startswith("b c") and host.endswith("/cache/shard_writer.py") for host in hosts), hosts
     assert all("/working_dir_files/" in host and said["clone"] not in host and not Path(host[3:]).with_name("big.zarr").exists() for host in hosts)
 
 
