@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from cache.errors import HearsaeError
-from cache.header import name_of_context
 from cache.location import Location, location
 from cache.model import fast_matmul
 from cache.store import ActivationStore
 from sae.baselines import moments, random_basis
+from sae.metrics import refuse_other_context
 from sae.models import Codes, Dictionary, load_dictionary
 
 KINDS = "neurons:SITE, sae:DIR, pca:SITE or random:SITE"
@@ -151,9 +151,7 @@ def _open_sae(folder: Location, store: ActivationStore) -> SaeLatents:
             f"the SAE in {folder} was trained on model {config.model_sha256[:12] or 'unknown'}, but {store.path} holds model {sha256[:12]} "
             f"({store.header.model['name']}): scan a store of its own model"
         )
-    context = name_of_context(store.header.context)
-    if config.context and config.context != context:
-        raise HearsaeError(f"the SAE in {folder} was trained on windows that were {config.context}; those of {store.path} are {context}")
+    refuse_other_context(config, store, f"the SAE in {folder}")
     return SaeLatents(f"sae:{folder.absolute()}", dictionary.requires_grad_(False))
 
 

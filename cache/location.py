@@ -3,6 +3,7 @@
 `RemotePath` has the parts of pathlib's interface that hearsae uses, so code that keeps to them works for either.
 """
 
+import ctypes
 import hashlib
 import io
 import os
@@ -12,7 +13,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeAlias, TypeVar
@@ -27,8 +28,8 @@ SCHEMES = ("s3", "gs")
 BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}[A-Za-z0-9]")
 READ_AHEAD = 256 << 10
 """Bytes fetched at once from an object that is read piece by piece: a request takes as long as this many bytes do."""
-
-
+SYNC_FILE_RANGE_WRITE = 2
+"""Linux's fs.h"""
 REQUESTS_AT_ONCE = 32
 """Small ones: each waits some ten milliseconds for its answer."""
 
@@ -204,20 +205,61 @@ def put(path: Location, data: bytes | memoryview) -> None:
     if isinstance(path, RemotePath):
         path.store.put(path.key, data)
         return
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with FileAside(path) as file:
+        file.write(data)
+        file.into_place()
+
+
+class FileAside:
+    """A file that is written aside and appears whole and durably, or not at all. Give it to `with`; begins at the first `write`.
+
+    Its methods raise StoreError on a full disk or a read-only place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._aside = path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        self._file: IO[bytes] | None = None
+
+    def write(self, *parts: Any, start: bool = False) -> None:
+        """Bytes, one part after the other. start: have the system write them to the disk now, not half a minute later, without waiting for it."""
+        with self._errors():
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self._aside, "wb")  # noqa: SIM115 - closed in __exit__
+            self._file.writelines(parts)
+            if start:
+                self._file.flush()
+                with suppress(AttributeError):  # of Linux
+                    ctypes.CDLL(None).sync_file_range(self._file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
+
+    def into_place(self) -> None:
+        """Synchronises and renames it."""
+        assert self._file is not None
+        with self._errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._aside, self._path)
+
+    def __enter__(self) -> "FileAside":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Removes what is not in its place."""
+        if self._file is not None:
+            with suppress(OSError):  # of a full disk, said before
+                self._file.close()
+            self._aside.unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StoreError(f"can't write {path}: {error.strerror or error}") from error
+            yield
+        except OSError as error:
+            raise StoreError(f"can't write {self._path}: {error.strerror or error}") from error
 
 
 def reach(path: Location) -> None:

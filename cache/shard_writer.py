@@ -4,16 +4,12 @@ The bytes are those of zarr-python's sharding codec, without its array in betwee
 last the index: offset and length of every chunk as uint64, then the CRC32C of these. A chunk whose bits are all zero is left out.
 """
 
-import ctypes
-import os
 import socket
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
@@ -22,17 +18,14 @@ from numba import njit
 from numcodecs import Blosc
 
 from cache.chunk_reader import ABSENT
-from cache.errors import StoreError
 from cache.halves import from_bits
 from cache.header import software
-from cache.location import Location, put
+from cache.location import FileAside, Location, put
 
 if TYPE_CHECKING:
     from cache.deviation import DeviationSums
     from cache.store import ActivationStore, CommitRecord, Skip
 
-SYNC_FILE_RANGE_WRITE = 2
-"""Linux's fs.h"""
 HASHED_BYTES = 256 << 10
 """At once, by both checksums: the second finds them in the cache."""
 CHUNKS_IN_FLIGHT = 2
@@ -138,8 +131,7 @@ class _Object:
         self._blosc = None if codec == "none" else Blosc(cname=codec, clevel=3, shuffle=Blosc.BITSHUFFLE)
         self._index = np.full((chunks, 2), ABSENT, "<u8")
         self._size, self._digest = 0, xxhash.xxh3_64()
-        self._aside: Path | None = None
-        self._file: IO[bytes] | None = None
+        self._file = FileAside(path) if isinstance(path, Path) else None
         self._kept: list[bytes | np.ndarray] = []
 
     def write(self, number: int, chunk: np.ndarray) -> None:
@@ -148,16 +140,14 @@ class _Object:
         data.flags.writeable = False  # google_crc32c takes no other without a copy
         self._index[number] = self._size, len(data) + 4
         self._append(data)
-        if self._file is not None:
-            self._on_disk(_start_writing)
 
     def finish(self) -> tuple[int, str]:
         """Puts the object in its place. Returns its length and XXH3; where every chunk was zero there is none."""
         if self._size:
             index = self._index.tobytes()
             self._append(np.frombuffer(index, np.uint8))
-            if isinstance(self._path, Path):
-                self._on_disk(self._into_place)
+            if self._file is not None:
+                self._file.into_place()
             else:
                 put(self._path, b"".join(bytes(part) for part in self._kept))
         return self._size, self._digest.hexdigest()
@@ -165,10 +155,7 @@ class _Object:
     def abandon(self) -> None:
         """Removes what is not in its place."""
         if self._file is not None:
-            with suppress(OSError):  # of a full disk, said before
-                self._file.close()
-        if self._aside is not None:
-            self._aside.unlink(missing_ok=True)
+            self._file.abandon()
         self._kept = []
 
     def _append(self, data: np.ndarray) -> None:
@@ -181,36 +168,10 @@ class _Object:
         end = checksum.to_bytes(4, "little")
         self._digest.update(end)
         self._size += len(data) + len(end)
-        if isinstance(self._path, Path):
-            self._on_disk(lambda file: file.writelines((data, end)))
+        if self._file is not None:
+            self._file.write(data, end, start=True)
         else:
             self._kept += (data.copy(), end)
-
-    def _into_place(self, file: IO[bytes]) -> None:
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        assert self._aside is not None and isinstance(self._path, Path)
-        os.replace(self._aside, self._path)
-        self._aside = None
-
-    def _on_disk(self, act: Any) -> None:
-        assert isinstance(self._path, Path)
-        try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._aside = self._path.with_name(f".{self._path.name}.{uuid.uuid4().hex}.tmp")
-                self._file = open(self._aside, "wb")  # noqa: SIM115 - closed by `abandon`
-            act(self._file)
-        except OSError as error:
-            raise StoreError(f"can't write {self._path}: {error.strerror or error}") from error
-
-
-def _start_writing(file: IO[bytes]) -> None:
-    """Has the system write what there is of a file to the disk now, not half a minute later, without waiting for it."""
-    file.flush()
-    with suppress(AttributeError):  # of Linux
-        ctypes.CDLL(None).sync_file_range(file.fileno(), ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE)
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})

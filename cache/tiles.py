@@ -233,45 +233,42 @@ def multiply(a_0: int, a_1: int, b_0: int, b_1: int, depths: int, parts: int) ->
     """
     for depth in range(depths):
         of_a, of_b = depth * GROUP, depth * parts * TILE_BYTES
-        load_6(b_0 + of_b, 64)
-        load_7(b_1 + of_b, 64)
-        load_4(a_0 + of_a + 2048, 64)
-        load_5(a_1 + of_a + 2048, 64)
-        add_0()
-        add_1()
-        add_2()
-        add_3()
-        load_4(a_0 + of_a + 1024, 64)
-        load_5(a_1 + of_a + 1024, 64)
-        add_0()
-        add_1()
-        add_2()
-        add_3()
-        load_4(a_0 + of_a, 64)
-        load_5(a_1 + of_a, 64)
-        add_0()
-        add_1()
-        add_2()
-        add_3()
+        second_a, second_b = of_a + TILE_BYTES, of_b + TILE_BYTES
+        _load_right(b_0 + of_b, b_1 + of_b)
+        _load_left(a_0 + of_a + 2 * TILE_BYTES, a_1 + of_a + 2 * TILE_BYTES)
+        _add_products()
+        _load_left(a_0 + second_a, a_1 + second_a)
+        _add_products()
+        _load_left(a_0 + of_a, a_1 + of_a)
+        _add_products()
         if parts == 3:
-            load_6(b_0 + of_b + 2048, 64)
-            load_7(b_1 + of_b + 2048, 64)
-            add_0()
-            add_1()
-            add_2()
-            add_3()
-        load_6(b_0 + of_b + 1024, 64)
-        load_7(b_1 + of_b + 1024, 64)
-        add_0()
-        add_1()
-        add_2()
-        add_3()
-        load_4(a_0 + of_a + 1024, 64)
-        load_5(a_1 + of_a + 1024, 64)
-        add_0()
-        add_1()
-        add_2()
-        add_3()
+            _load_right(b_0 + of_b + 2 * TILE_BYTES, b_1 + of_b + 2 * TILE_BYTES)
+            _add_products()
+        _load_right(b_0 + second_b, b_1 + second_b)
+        _add_products()
+        _load_left(a_0 + second_a, a_1 + second_a)
+        _add_products()
+
+
+@compiled
+def _load_left(a_0: int, a_1: int) -> None:
+    load_4(a_0, 64)
+    load_5(a_1, 64)
+
+
+@compiled
+def _load_right(b_0: int, b_1: int) -> None:
+    load_6(b_0, 64)
+    load_7(b_1, 64)
+
+
+@compiled
+def _add_products() -> None:
+    """Of the two left and the two right tiles, to the four sums."""
+    add_0()
+    add_1()
+    add_2()
+    add_3()
 
 
 @compiled

@@ -14,7 +14,7 @@ from cache.header import name_of_context
 from cache.model import fast_matmul
 from cache.store import ActivationStore
 from sae.chunks import read_valid, valid_chunks
-from sae.models import Dictionary
+from sae.models import Dictionary, SaeConfig
 from sae.similarity import DecoderCosine, decoder_cosine
 
 DENSE = 0.1
@@ -214,7 +214,13 @@ def check_fits(dictionary: Dictionary, store: ActivationStore, site: str | None 
     if config.model_sha256 and theirs != config.model_sha256 and not any_model:
         name = f"{store.header.model.get('name')}, {theirs[:12]}"
         raise HearsaeError(f"{store.path} holds activations of another model ({name}) than this SAE was trained on ({config.model_sha256[:12]})")
-    context = name_of_context(store.header.context)
-    if config.context and config.context != context and not any_model:
-        raise HearsaeError(f"this SAE was trained on windows that were {config.context}; those of {store.path} are {context}")
+    if not any_model:
+        refuse_other_context(config, store, "this SAE")
     return site
+
+
+def refuse_other_context(config: SaeConfig, store: ActivationStore, name: str) -> None:
+    """Raises HearsaeError if the store's windows are not what the SAE, called `name`, was trained on, as far as it says."""
+    context = name_of_context(store.header.context)
+    if config.context and config.context != context:
+        raise HearsaeError(f"{name} was trained on windows that were {config.context}; those of {store.path} are {context}")
