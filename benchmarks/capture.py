@@ -21,6 +21,7 @@ encoder site, the largest relative difference over the clips (norm of the differ
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
@@ -93,40 +94,61 @@ def hooked(modules: dict[str, torch.nn.Module], found: dict[str, torch.Tensor]) 
     return [module.register_forward_hook(kept(name)) for name, module in modules.items()]
 
 
-def of_hearsae(model: str, clips: Clips, sites: list[str], arithmetic: Arithmetic | None, out: Path) -> Callable[[], None]:
-    manifest, rounds = clips.manifest(out / "clips.jsonl"), iter(range(1_000_000))
+def of_hearsae(model: str, clips: Clips, sites: list[str], out: Path, arithmetic: Arithmetic | None = None, **settings: Any) -> Callable[[], float]:
+    """settings: of the capture. Measuring the deviation of trimmed windows is not part of the time."""
+    out.mkdir(exist_ok=True)
+    manifest, rounds = clips.manifest(out / "clips.jsonl"), itertools.count()
     rows = -(-sum(clips.frames) // 4096) * 4096
+    kept = {"arithmetic": arithmetic} if arithmetic else {}
 
     def run() -> float:
-        config = CaptureConfig(manifest, model, tuple(sites), out / f"{next(rounds)}.zarr", shard_rows=rows, device="cpu")
+        config = CaptureConfig(manifest, model, tuple(sites), out / f"{next(rounds)}.zarr", shard_rows=rows, device="cpu", **settings)
         prepared = prepare(config)
-        worker = Worker(config)
-        if arithmetic is not None:
-            worker.arithmetic = arithmetic
+        worker = Worker(config, measures_deviation=False)
         worker.arithmetic = kept.setdefault("arithmetic", worker.arithmetic)  # weights are packed once a worker, not once a shard
         start = time.perf_counter()
         for shard in prepared.pending:
             worker.run(shard)
         return time.perf_counter() - start
 
-    kept: dict[str, Arithmetic] = {}
     return run
+
+
+def keep_rows(clips: Clips, sites: list[str], out: Path, outputs: Callable[[Path], dict[str, torch.Tensor]]) -> None:
+    """Float16 rows of the real frames of all clips, one .npy a site. outputs: of a clip, site -> [1, positions, width] or without the 1."""
+    rows = {name: list[np.ndarray]() for name in sites}
+    with torch.inference_mode():
+        for path, frames in zip(clips.paths, clips.frames, strict=True):
+            found = outputs(path)
+            for name in sites:
+                rows[name].append(found[name].reshape(-1, found[name].shape[-1])[:frames].half().numpy())
+    for name in sites:
+        keep(out / f"{name}.npy", rows[name])
+
+
+def take_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in each round, after one that is not counted: it fills caches and compiles."""
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for turn in range(rounds + 1):
+        for contender, run in contenders.items():
+            took = run()
+            if turn:
+                seconds[contender].append(took)
+    return seconds
 
 
 def of_whisper(model: LoadedModel, clips: Clips, sites: list[str], out: Path) -> Callable[[], float]:
     encoder, found = model.module.get_submodule("encoder"), dict[str, torch.Tensor]()
     modules = {name: model.module.get_submodule(name) for name in sites}
 
+    def outputs(path: Path) -> dict[str, torch.Tensor]:
+        encoder(log_mel_spectrogram(pad_or_trim(samples_of(path)))[None])
+        return found
+
     def run() -> float:
         start = time.perf_counter()
-        handles, rows = hooked(modules, found), {name: list[np.ndarray]() for name in sites}
-        with torch.inference_mode():
-            for path, frames in zip(clips.paths, clips.frames, strict=True):
-                encoder(log_mel_spectrogram(pad_or_trim(samples_of(path)))[None])
-                for name in sites:
-                    rows[name].append(found[name][0, :frames].half().numpy())
-        for name in sites:
-            keep(out / f"whisper-{name}.npy", rows[name])
+        handles = hooked(modules, found)
+        keep_rows(clips, sites, out, outputs)
         for handle in handles:
             handle.remove()
         return time.perf_counter() - start
@@ -152,19 +174,15 @@ def of_transformers(model: LoadedModel, clips: Clips, sites: list[str], out: Pat
 
         return hook
 
+    def outputs(path: Path) -> dict[str, torch.Tensor]:
+        features = extractor(samples_of(path), sampling_rate=16000, return_tensors="pt").input_features
+        hidden = encoder(features, output_hidden_states=True).hidden_states
+        return {name: found[name] if name.endswith(".mlp.1") else hidden[number + 1] for name, number in numbers.items()}
+
     def run() -> float:
         start = time.perf_counter()
         handles = [encoder.layers[numbers[name]].fc2.register_forward_pre_hook(keep_input(name)) for name in sites if name.endswith(".mlp.1")]
-        rows = {name: list[np.ndarray]() for name in sites}
-        with torch.inference_mode():
-            for path, frames in zip(clips.paths, clips.frames, strict=True):
-                features = extractor(samples_of(path), sampling_rate=16000, return_tensors="pt").input_features
-                hidden = encoder(features, output_hidden_states=True).hidden_states
-                for name, number in numbers.items():
-                    values = found[name] if name.endswith(".mlp.1") else hidden[number + 1]
-                    rows[name].append(values.reshape(-1, values.shape[-1])[:frames].half().numpy())
-        for name in sites:
-            keep(out / f"transformers-{name}.npy", rows[name])
+        keep_rows(clips, sites, out, outputs)
         for handle in handles:
             handle.remove()
         return time.perf_counter() - start
@@ -290,21 +308,15 @@ def main() -> None:
 
 
 def compare(which: str, sites: list[str], name: str, model: LoadedModel, clips: Clips, best: Arithmetic, out: Path, arguments: Any) -> None:
-    contenders: dict[str, Callable[[], float]] = {"hearsae": of_hearsae(name, clips, sites, None, out)}
+    contenders: dict[str, Callable[[], float]] = {"hearsae": of_hearsae(name, clips, sites, out / "best")}
     if not isinstance(best, Plain):
-        (out / "plain").mkdir()
-        contenders["hearsae, plain arithmetic"] = of_hearsae(name, clips, sites, Plain(), out / "plain")
+        contenders["hearsae, plain arithmetic"] = of_hearsae(name, clips, sites, out / "plain", Plain())
     contenders["openai-whisper"] = of_whisper(model, clips, sites, out)
     if "transformers" not in arguments.without:
         contenders["transformers"] = of_transformers(model, clips, sites, out)
     if "blog" not in arguments.without:
         contenders["blog"] = of_blog(model, clips, sites, out)
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    for turn in range(arguments.rounds + 1):
-        for contender, run in contenders.items():
-            took = run()
-            if turn:  # the first round fills caches and compiles
-                seconds[contender].append(took)
+    seconds = take_turns(contenders, arguments.rounds)
     ours = statistics.median(seconds["hearsae"])
     print(f"{which}: {', '.join(sites)}")
     for contender, times in seconds.items():

@@ -13,15 +13,12 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import soundfile
 import torch
-from capture import SITES, Clips, of_whisper, samples_of
+from capture import SITES, Clips, of_hearsae, of_whisper, samples_of, take_turns
 
-from cache.capture import CaptureConfig, Worker, prepare
 from cache.context import Context
 from cache.deviation import Deviation, DeviationSums, compare
 from cache.encoder import best_arithmetic, encode
@@ -42,25 +39,6 @@ class ShortClips(Clips):
             self.paths.append(folder / path.name)
             soundfile.write(self.paths[-1], samples_of(path)[: round(seconds * 16000)], 16000)
         self.frames = [round(seconds * 50)] * len(self.paths)
-
-
-def of_hearsae(model: str, clips: Clips, sites: list[str], out: Path, **context: object) -> Callable[[], float]:
-    runs, kept = iter(range(1_000_000)), {}
-    manifest = clips.manifest(out / "clips.jsonl")
-    rows = -(-sum(clips.frames) // 4096) * 4096
-
-    def run() -> float:
-        name = "-".join(map(str, context.values()))
-        config = CaptureConfig(manifest, model, tuple(sites), out / f"{name}-{next(runs)}.zarr", shard_rows=rows, device="cpu", **context)  # type: ignore[arg-type]
-        prepared = prepare(config)
-        worker = Worker(config, measures_deviation=False)
-        worker.arithmetic = kept.setdefault("arithmetic", worker.arithmetic)
-        start = time.perf_counter()
-        for shard in prepared.pending:
-            worker.run(shard)
-        return time.perf_counter() - start
-
-    return run
 
 
 def deviations(model: LoadedModel, clips: Clips, sites: list[str], margin: float) -> dict[str, Deviation]:
@@ -111,16 +89,11 @@ def main() -> None:
 def compare_speeds(which: str, sites: list[str], name: str, model: LoadedModel, clips: Clips, out: Path, arguments: argparse.Namespace) -> None:
     trimmed = {"context": "trimmed", "margin": arguments.margin}
     contenders = {
-        "hearsae, padded": of_hearsae(name, clips, sites, out),
-        f"hearsae, trimmed, margin {arguments.margin:g} s": of_hearsae(name, clips, sites, out, **trimmed),
+        "hearsae, padded": of_hearsae(name, clips, sites, out / "padded"),
+        f"hearsae, trimmed, margin {arguments.margin:g} s": of_hearsae(name, clips, sites, out / "trimmed", **trimmed),
         "openai-whisper with hooks": of_whisper(model, clips, sites, out),
     }
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    for turn in range(arguments.rounds + 1):
-        for contender, run in contenders.items():
-            took = run()
-            if turn:
-                seconds[contender].append(took)
+    seconds = take_turns(contenders, arguments.rounds)
     theirs = seconds["openai-whisper with hooks"]
     print(f"{which}: {', '.join(sites)}")
     for contender, times in seconds.items():
